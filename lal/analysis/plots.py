@@ -21,7 +21,7 @@ _AXIS = dict(gridcolor="rgba(128,128,128,0.22)", zeroline=False, linecolor="rgba
              automargin=True, title=dict(standoff=8))
 TEMPLATE = go.layout.Template(layout=dict(
     paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=list(PALETTE),
-    font=dict(family="system-ui, sans-serif", size=13, color="#808890"), title=dict(x=0, xref="paper", xanchor="left", font=dict(size=16)),
+    font=dict(family="system-ui, sans-serif", size=13, color="#808890"), title=dict(x=0, xref="container", xanchor="left", pad=dict(l=8), font=dict(size=15)),
     xaxis=_AXIS, yaxis=_AXIS, margin=dict(l=8, r=8, t=56, b=8), hovermode="closest",
     legend=dict(orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right", bgcolor="rgba(0,0,0,0)")))
 
@@ -41,7 +41,7 @@ def figure(
     if rows * columns > 1: fig.update_layout(margin_t=80 + 18 * wrap(title).count("<br>"))
     return fig
 
-def wrap(text: str, width: int = 58) -> str:
+def wrap(text: str, width: int = 42) -> str:
     "Break a title into lines that fit a narrow page."
     lines, line = [], ""
     for word in text.split():
@@ -84,7 +84,7 @@ def training_curves(
 ) -> go.Figure:
     "Accuracy above, loss below, over epochs; training blue, test orange; memorised and grokked marked."
     runs = list(runs) if isinstance(runs, (list, tuple)) else [runs]
-    fig = figure(title or finding(runs), rows=2, height=height, shared_xaxes=True, vertical_spacing=0.06)
+    fig = figure(finding(runs) if title is None else title, rows=2, height=height, shared_xaxes=True, vertical_spacing=0.06)
     for number, run in enumerate(runs):
         for part in ("train", "test"):
             for row, quantity in ((1, "acc"), (2, "loss")): fig.add_trace(_curve(run, part, quantity, log_epochs, legend=number == 0 and row == 1), row=row, col=1)
@@ -92,11 +92,11 @@ def training_curves(
             if epoch is not None: fig.add_trace(_dot(run, part, epoch), row=1, col=1)
     for part, level in (("train", MEMORISED), ("test", GROKKED)):
         fig.add_hline(y=level, line=dict(color=COLORS[part], width=1, dash="dot"), row=1, col=1,
-                      annotation=dict(text=f"{level:.0%} {part}", font=dict(size=11, color=COLORS[part]), xanchor="left", x=0, y=level - 0.005, yanchor="top" if part == "test" else "bottom"))
+                      annotation=dict(text=f"{level:.0%} {part}", font=dict(size=11, color=COLORS[part]), xanchor="right", x=1, y=1.0 if part == "train" else level - 0.01, yanchor="bottom" if part == "train" else "top"))
     fig.update_xaxes(title="epoch", row=2, col=1)
     if log_epochs: fig.update_xaxes(type="log")
     fig.update_yaxes(title="accuracy", tickformat=".0%", range=[-0.02, 1.08], row=1, col=1)
-    return fig.update_yaxes(title="loss (nats)", type="log", exponentformat="power", row=2, col=1)
+    return fig.update_yaxes(title="loss (nats)", type="log", dtick=1, exponentformat="power", row=2, col=1)
 
 # %% ../../nbs/analysis/01_plots.ipynb #77b770e5
 def _curve(run, part: str, quantity: str, log_epochs: bool, legend: bool) -> go.Scatter:

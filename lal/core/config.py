@@ -12,6 +12,7 @@ __all__ = ['SECTIONS', 'NAME', 'ConfigError', 'Condition', 'at_least', 'above', 
 import difflib, math, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Any, Callable, Union, get_args, get_origin, get_type_hints
@@ -75,16 +76,16 @@ class Modular:
     ordering: str = key("random", "order of the examples in an epoch (with batch_size)", one_of(*ORDERINGS))
     stride: int | None = key(None, "stride of ordering 'stride'; null: floor(sqrt(p))", at_least(1))
 
-    def check(self, common, given):
-        "Yield `(key, reason)` for every combination that can't be right. `given`: the keys the user wrote."
+    def check(self, common):
+        "Yield `(key, reason)` for every combination that can't be right."
         if self.operation == "divide" and not is_prime(self.p): yield "p", "operation 'divide' needs a prime modulus, since only then has every b ≠ 0 an inverse"
         if self.model_type == "transformer" and self.hidden_dim % self.n_heads: yield "n_heads", f"must divide hidden_dim = {self.hidden_dim}"
-        if "ordering" in given and common.batch_size is None:
+        if self.ordering != "random" and common.batch_size is None:
             yield "ordering", "needs a batch_size: with batch_size null every step sees all training pairs, in no order"
         if self.stride is not None and self.ordering != "stride": yield "stride", f"only ordering 'stride' reads it, and ordering is '{self.ordering}'"
         if (self.train_size is None) != (self.test_size is None):
             yield ("train_size", "needs test_size too") if self.test_size is None else ("test_size", "needs train_size too")
-        elif self.train_size and "train_frac" in given: yield "train_frac", "give either train_frac or train_size and test_size"
+        elif self.train_size and self.train_frac != Modular.train_frac: yield "train_frac", "give either train_frac or train_size and test_size"
         elif self.train_size and (n := self.train_size + self.test_size) > (total := Task(self.p, self.operation).n_pairs):
             yield "train_size", f"train_size + test_size = {n}, but p = {self.p} has only {total} pairs"
         elif not self.train_size and not 0 < round(self.train_frac * (total := Task(self.p, self.operation).n_pairs)) < total:
@@ -129,7 +130,7 @@ class Config:
             raise AttributeError(f"a configuration has no key {name!r}")
         return getattr(self.section, name)
 
-    def check(self, given):
+    def check(self):
         "Yield `(key, reason)` for every combination of common keys that can't be right."
         if self.min_lr > self.lr: yield "min_lr", f"must not be larger than lr = {self.lr:g}"
         if self.warmup_epochs >= self.epochs: yield "warmup_epochs", f"must be smaller than epochs = {self.epochs}"
@@ -146,7 +147,7 @@ def to_type(value, kind):
         except ValueError: pass
     if kind is float and type(value) in (int, float) and math.isfinite(value): return float(value)
     if kind is int and type(value) is float and value.is_integer(): return int(value)
-    if type(value) is kind: return value
+    if type(value) is kind and kind is not float: return value
     raise TypeError(f"must be {words[kind]}{' or null' if type(None) in options else ''}")
 
 # %% ../../nbs/core/04_config.ipynb #1b732508
@@ -179,7 +180,7 @@ def make_config(values: dict | None = None, source: str | None = None, **more) -
     own = {f.name for f in fields(SECTIONS[experiment])}
     section = SECTIONS[experiment](**{k: v for k, v in checked.items() if k in own})
     config = Config(experiment, section, **{k: v for k, v in checked.items() if k not in own})
-    for name, reason in (*config.check(checked), *section.check(config, checked)): raise ConfigError(reason, name, getattr(config, name), source)
+    for name, reason in chain(config.check(), section.check(config)): raise ConfigError(reason, name, getattr(config, name), source)
     return config
 
 def _flatten(values, experiment, source):
