@@ -42,6 +42,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lal.app.cli._cell': ('app/cli.html#_cell', 'lal/app/cli.py'),
                              'lal.app.cli._table': ('app/cli.html#_table', 'lal/app/cli.py'),
                              'lal.app.cli.carry_out': ('app/cli.html#carry_out', 'lal/app/cli.py'),
+                             'lal.app.cli.check_device': ('app/cli.html#check_device', 'lal/app/cli.py'),
                              'lal.app.cli.doctor': ('app/cli.html#doctor', 'lal/app/cli.py'),
                              'lal.app.cli.exit_codes': ('app/cli.html#exit_codes', 'lal/app/cli.py'),
                              'lal.app.cli.list_configs': ('app/cli.html#list_configs', 'lal/app/cli.py'),
