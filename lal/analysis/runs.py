@@ -88,7 +88,8 @@ def list_runs(
 
 def runs_table(runs: list[Run]) -> pd.DataFrame:
     "One row a run: name, status, task, epochs, stages and accuracies."
+    columns = ["run", "status", "task", "model", "seed", "epochs", "memorised", "grokked", "train_acc", "test_acc"]
     return pd.DataFrame([{"run": r.name, "status": r.summary["status"], "task": f"{r.config['operation']} mod {r.config['p']}", "model": r.config["model_type"], "seed": r.config["seed"],
                           "epochs": r.max_epoch, "memorised": r.memorised_epoch, "grokked": r.grok_epoch,
-                          "train_acc": r.history.train_acc.iloc[-1] if len(r.history) else None, "test_acc": r.history.test_acc.iloc[-1] if len(r.history) else None} for r in runs]
-                        ).astype({"memorised": "Int64", "grokked": "Int64"} if runs else {})
+                          "train_acc": r.history.train_acc.iloc[-1] if len(r.history) else None, "test_acc": r.history.test_acc.iloc[-1] if len(r.history) else None} for r in runs],
+                        columns=columns).astype({"memorised": "Int64", "grokked": "Int64"})
