@@ -106,6 +106,7 @@ class Config:
                              lambda v: len(v) > 0 and all(type(s) is int and s >= 0 for s in v) and len(set(v)) == len(v)))
     device: str = key("auto", "auto, cuda, cuda:N, mps or cpu", Condition(f"must be one of {', '.join(DEVICES)}, or cuda:N", lambda v: v in DEVICES or re.fullmatch(r"cuda:\d+", v) is not None))
     deterministic: bool = key(True, "deterministic kernels: the same seed gives the same bits")
+    threads: int | None = key(None, "CPU threads of PyTorch; null: PyTorch's own choice", at_least(1))
     epochs: int = key(50_000, "epochs to train", at_least(1))
     extra_epochs: int = key(0, "epochs to go on after the schedule's end, at its last learning rate", at_least(0))
     batch_size: int | None = key(None, "examples per step; null: all of them (full batch)", at_least(1))

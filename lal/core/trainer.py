@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from .config import Config, ConfigError, config_keys, make_config, with_values
-from .device import deterministic, environment, generator, resolve_device
+from .device import deterministic, environment, generator, resolve_device, threads
 from .models import create_model
 from .run import IN_A_ROW, RunFolder, checkpoints, load_checkpoint, save_checkpoint, summarize, write_json
 from .task import Task, encode, epoch_orders, make_split
@@ -216,6 +216,9 @@ class Trainer:
 
     def fit(self, resume: bool = False, extra_epochs: int = 0) -> RunFolder:
         "Train to the end; or continue a stopped run (`resume`); or go on after the end (`extra_epochs`). Raises `NonFiniteLoss`, `Interrupted`."
+        with threads(self.config.threads): return self._fit(resume, extra_epochs)
+
+    def _fit(self, resume: bool, extra_epochs: int) -> RunFolder:
         recorder = self._open(resume or extra_epochs > 0, extra_epochs)
         began, before, status = time.perf_counter(), self.folder.summary.get("seconds", 0.0), {"status": "failed"}
         try:
@@ -254,7 +257,7 @@ class Trainer:
         if not (folder := RunFolder(path)).is_run: raise ConfigError("there is no run to resume here", source=str(path))
         theirs = folder.config
         for name in config_keys(theirs.experiment):
-            if name not in ("device", "extra_epochs", "description") and getattr(theirs, name) != getattr(self.config, name):
+            if name not in ("device", "threads", "extra_epochs", "description") and getattr(theirs, name) != getattr(self.config, name):
                 raise ConfigError(f"the run in {path} has {name} = {getattr(theirs, name)}; a resumed run goes on as it began", name, getattr(self.config, name))
         self.config = with_values(theirs, device=self.config.device, extra_epochs=theirs.extra_epochs + extra_epochs)
         folder.write_config(self.config)
