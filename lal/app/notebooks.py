@@ -24,7 +24,7 @@ from .pages import FIGURE, require, sidebar_pages
 # %% auto #0
 __all__ = ['MACHINE_PATH', 'code_hash', 'receipt', 'stale', 'directives', 'is_run', 'execute', 'cleaned', 'unclean', 'refresh',
            'bad_outputs', 'too_large', 'bad_figures', 'rerun_cells', 'anatomy', 'trains', 'output_lines', 'ran_on',
-           'notebooks', 'sidebar_problems', 'untested', 'test', 'main']
+           'notebooks', 'sidebar_problems', 'left_out_of_tests', 'untested', 'test', 'main']
 
 # %% ../../nbs/app/03_notebooks.ipynb #dd68052d
 def code_hash(nb: dict) -> str:
@@ -36,36 +36,57 @@ def code_hash(nb: dict) -> str:
 def receipt(nb: dict) -> dict[str, str]:
     "Where and when the outputs of `nb` came from; kept as `metadata.lal`."
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"code": code_hash(nb), "device": device, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    return {
+        "code": code_hash(nb),
+        "device": device,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
 
 # %% ../../nbs/app/03_notebooks.ipynb #660d89e9
 def stale(nb: dict) -> list[str]:
     "Is there a receipt, and is it for this code?"
     proof = nb["metadata"].get("lal", {})
-    if not proof: return ["it was never executed by `make notebooks`: metadata.lal is missing"]
-    if proof.get("code") != code_hash(nb): return ["its code changed since its outputs were made: execute it with `make notebooks NB=…`"]
+    if not proof:
+        return ["it was never executed by `make notebooks`: metadata.lal is missing"]
+    if proof.get("code") != code_hash(nb):
+        return [
+            "its code changed since its outputs were made: execute it with `make notebooks NB=…`"
+        ]
     return []
 
 # %% ../../nbs/app/03_notebooks.ipynb #b5ec5ba8
 def directives(cell: dict) -> dict[str, list[str]]:
     "nbdev's directives of a cell, as nbdev reads them."
-    return require("nbdev.process").extract_directives(cell, remove=False) if cell["cell_type"] == "code" else {}
+    return (
+        require("nbdev.process").extract_directives(cell, remove=False)
+        if cell["cell_type"] == "code"
+        else {}
+    )
 
 # %% ../../nbs/app/03_notebooks.ipynb #f6373104
 def is_run(cell: dict) -> bool:
     "Is this a code cell that executing the notebook runs?"
-    return cell["cell_type"] == "code" and [word.lower() for word in directives(cell).get("eval:", [])] != ["false"]
+    return cell["cell_type"] == "code" and [
+        word.lower() for word in directives(cell).get("eval:", [])
+    ] != ["false"]
 
 # %% ../../nbs/app/03_notebooks.ipynb #6a6afac5
 def execute(path: Path) -> dict:
-    "Run a notebook from top to bottom and return it with its outputs; raises what a cell raises. The file is not touched."
+    "Run a notebook and return it with its outputs; raises what a cell raises. No file is touched."
     path = Path(path).resolve()
-    nb, shell, before = require("execnb.nbio").read_nb(path), require("execnb.shell").CaptureShell(path), os.getcwd()
+    nb, shell, before = (
+        require("execnb.nbio").read_nb(path),
+        require("execnb.shell").CaptureShell(path),
+        os.getcwd(),
+    )
     os.chdir(path.parent)
     try:
         for cell in nb.cells:
-            if cell.cell_type == "code": cell.outputs = []
-            if not is_run(cell): continue
+            if cell.cell_type == "code":
+                cell.outputs = []
+            if not is_run(cell):
+                continue
             shell.cell(cell)
             if shell.exc:
                 shell.exc.add_note(f"in cell {cell.id} of {path.name}:\n{cell.source}")
@@ -80,7 +101,13 @@ def execute(path: Path) -> dict:
 def cleaned(nb: dict) -> str:
     "The text of a notebook's file after nbdev_clean, with the settings of this project."
     config = require("nbdev.config").get_config()
-    require("nbdev.clean").clean_nb(nb, config.clear_all, config.allowed_metadata_keys.split(), config.allowed_cell_metadata_keys.split(), config.clean_ids)
+    require("nbdev.clean").clean_nb(
+        nb,
+        config.clear_all,
+        config.allowed_metadata_keys.split(),
+        config.allowed_cell_metadata_keys.split(),
+        config.clean_ids,
+    )
     return require("execnb.nbio").nb2str(nb)
 
 # %% ../../nbs/app/03_notebooks.ipynb #bbfe60eb
@@ -97,40 +124,65 @@ def refresh(path: Path) -> bool:
     old, nb.metadata["lal"] = nb.metadata.get("lal", {}), receipt(nb)
     if {**old, "date": ""} == {**nb.metadata["lal"], "date": ""}:
         same_day = cleaned({**nb, "metadata": {**nb.metadata, "lal": dict(old)}})
-        if same_day == before: return False
+        if same_day == before:
+            return False
     part = path.with_name(f".{path.name}.part")
     part.write_text(cleaned(nb))
     part.replace(path)
     return path.read_text() != before
 
 # %% ../../nbs/app/03_notebooks.ipynb #d16cd19f
-MACHINE_PATH = re.compile(r"(?<![\w+/.])/(?:home|root|Users|tmp|var/folders|private|mnt)/[\w.@-]|(?<!\w)[A-Z]:\\\\?Users")
+MACHINE_PATH = re.compile(
+    r"(?<![\w+/.])/(?:home|root|Users|tmp|var/folders|private|mnt)/[\w.@-]|(?<!\w)[A-Z]:\\\\?Users"
+)
 
 # %% ../../nbs/app/03_notebooks.ipynb #f466fabd
 def bad_outputs(nb: dict, places: tuple[str, ...] = ()) -> list[str]:
-    "Errors, warnings and machine paths in the outputs; `places` are more path beginnings that may not occur."
+    "Errors, warnings, machine paths in outputs; `places` are further beginnings of such paths."
     found = []
     for cell in nb["cells"]:
         outputs = cell.get("outputs", [])
-        if any(output["output_type"] == "error" for output in outputs): found.append(f"cell {cell['id']} shows an error")
-        if any(output.get("name") == "stderr" for output in outputs): found.append(f"cell {cell['id']} wrote to stderr (a warning?)")
+        if any(output["output_type"] == "error" for output in outputs):
+            found.append(f"cell {cell['id']} shows an error")
+        if any(output.get("name") == "stderr" for output in outputs):
+            found.append(f"cell {cell['id']} wrote to stderr (a warning?)")
         # A figure's own data is numbers in base64, where any letters may turn up.
-        text = json.dumps([{**o, "data": {k: v for k, v in o["data"].items() if k != FIGURE}} if "data" in o else o for o in outputs])
+        text = json.dumps(
+            [
+                {**o, "data": {k: v for k, v in o["data"].items() if k != FIGURE}}
+                if "data" in o
+                else o
+                for o in outputs
+            ]
+        )
         path = MACHINE_PATH.search(text) or next((place for place in places if place in text), None)
-        if path: found.append(f"cell {cell['id']} shows a path of a machine: {path if isinstance(path, str) else path[0]}…")
+        if path:
+            found.append(
+                f"cell {cell['id']} shows a path of a machine: {path if isinstance(path, str) else path[0]}…"
+            )
     return found
 
 # %% ../../nbs/app/03_notebooks.ipynb #98038603
 def too_large(nb: dict, text: str) -> list[str]:
     "Figures, outputs and notebooks above their bound, in bytes of their JSON."
-    found = [f"the file has {len(text.encode()) / 1e6:.1f} MB; the bound is 2 MB"] if len(text.encode()) > 2_000_000 else []
+    found = (
+        [f"the file has {len(text.encode()) / 1e6:.1f} MB; the bound is 2 MB"]
+        if len(text.encode()) > 2_000_000
+        else []
+    )
     for cell in nb["cells"]:
         outputs = cell.get("outputs", [])
         size = len(json.dumps(outputs))
-        if size > 600_000: found.append(f"cell {cell['id']} has {size / 1e3:.0f} kB of outputs; the bound is 600 kB")
+        if size > 600_000:
+            found.append(
+                f"cell {cell['id']} has {size / 1e3:.0f} kB of outputs; the bound is 600 kB"
+            )
         for output in outputs:
             size = len(json.dumps(output.get("data", {}).get(FIGURE, "")))
-            if size > 200_000: found.append(f"cell {cell['id']} has a figure of {size / 1e3:.0f} kB; the bound is 200 kB")
+            if size > 200_000:
+                found.append(
+                    f"cell {cell['id']} has a figure of {size / 1e3:.0f} kB; the bound is 200 kB"
+                )
     return found
 
 # %% ../../nbs/app/03_notebooks.ipynb #81081e20
@@ -141,14 +193,26 @@ def bad_figures(nb: dict) -> list[str]:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if FIGURE not in data:
-                if "plotly" in "".join(data.get("text/html", "")).lower(): found.append(f"cell {cell['id']}: a figure as HTML; commit {FIGURE} only")
+                if "plotly" in "".join(data.get("text/html", "")).lower():
+                    found.append(f"cell {cell['id']}: a figure as HTML; commit {FIGURE} only")
                 continue
-            if set(data) != {FIGURE}: found.append(f"cell {cell['id']}: a figure with other forms beside {FIGURE}: {sorted(set(data) - {FIGURE})}")
+            if set(data) != {FIGURE}:
+                found.append(
+                    f"cell {cell['id']}: a figure with other forms beside {FIGURE}: {sorted(set(data) - {FIGURE})}"
+                )
             layout = data[FIGURE].get("layout", {})
             template = layout.get("template", {}).get("layout", {})
-            grounds = {layout.get(key, template.get(key)) for key in ("paper_bgcolor", "plot_bgcolor")}
-            if grounds != {"rgba(0,0,0,0)"}: found.append(f"cell {cell['id']}: a figure whose ground is {grounds}, not transparent: use the house template")
-            if "width" in layout: found.append(f"cell {cell['id']}: a figure of fixed width {layout['width']}; leave it to the page")
+            grounds = {
+                layout.get(key, template.get(key)) for key in ("paper_bgcolor", "plot_bgcolor")
+            }
+            if grounds != {"rgba(0,0,0,0)"}:
+                found.append(
+                    f"cell {cell['id']}: a figure whose ground is {grounds}, not transparent: use the house template"
+                )
+            if "width" in layout:
+                found.append(
+                    f"cell {cell['id']}: a figure of fixed width {layout['width']}; leave it to the page"
+                )
     return found
 
 # %% ../../nbs/app/03_notebooks.ipynb #f5563d4f
@@ -157,15 +221,22 @@ def rerun_cells(nb: dict) -> list[str]:
     found = []
     for cell in nb["cells"]:
         marks = directives(cell)
-        if not is_run(cell) or not cell["source"].strip(): continue
-        if marks.keys() & {"export", "exports", "exporti"}:
-            if cell.get("outputs"): found.append(f"cell {cell['id']} is exported and has an output")
+        if not is_run(cell) or not cell["source"].strip():
             continue
-        try: tree = ast.parse(cell["source"])
-        except SyntaxError: continue  # magics and shell lines: nbdev can't read them either, and doesn't run them again
+        if marks.keys() & {"export", "exports", "exporti"}:
+            if cell.get("outputs"):
+                found.append(f"cell {cell['id']} is exported and has an output")
+            continue
+        try:
+            tree = ast.parse(cell["source"])
+        except SyntaxError:
+            continue  # a magic or shell line: nbdev doesn't run such a cell again
         imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
         alone = all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body)
-        if imports and not alone: found.append(f"cell {cell['id']} imports and does more; give its imports a cell of their own")
+        if imports and not alone:
+            found.append(
+                f"cell {cell['id']} imports and does more; give its imports a cell of their own"
+            )
     return found
 
 # %% ../../nbs/app/03_notebooks.ipynb #646bbdbd
@@ -174,80 +245,149 @@ def anatomy(nb: dict) -> list[str]:
     texts = [cell["source"] for cell in nb["cells"] if cell["cell_type"] == "markdown"]
     lines = [line for line in (texts[0] if texts else "").splitlines() if line.strip()]
     found = []
-    if nb["cells"] and nb["cells"][0]["cell_type"] == "code": found.append("its first cell is code; begin with title and quoted line")
-    if not lines or not lines[0].startswith("# "): found.append("its first text cell does not begin with a title, `# …`")
-    if not any(line.startswith("> ") for line in lines): found.append("its first text cell has no quoted line, `> …`, that says what it gives you")
+    if nb["cells"] and nb["cells"][0]["cell_type"] == "code":
+        found.append("its first cell is code; begin with title and quoted line")
+    if not lines or not lines[0].startswith("# "):
+        found.append("its first text cell does not begin with a title, `# …`")
+    if not any(line.startswith("> ") for line in lines):
+        found.append("its first text cell has no quoted line, `> …`, that says what it gives you")
     rest = [line for line in lines[1:] if not re.match(r"> |- [\w-]+:", line)]
-    if rest: found.append(f"its first text cell says more than title and quoted line, which the page would lose: {rest[0]!r}")
+    if rest:
+        found.append(
+            f"its first text cell says more than title and quoted line, which the page would lose: {rest[0]!r}"
+        )
     second = [line for text in texts[1:] for line in text.splitlines()[:1] if line.startswith("# ")]
-    if second: found.append(f"it has a second title: {second[0]!r}")
-    found += [f"two cells have the id {name}" for name, times in Counter(cell["id"] for cell in nb["cells"]).items() if times > 1]
+    if second:
+        found.append(f"it has a second title: {second[0]!r}")
+    found += [
+        f"two cells have the id {name}"
+        for name, times in Counter(cell["id"] for cell in nb["cells"]).items()
+        if times > 1
+    ]
     return found
 
 # %% ../../nbs/app/03_notebooks.ipynb #5e64b9cb
 def trains(cell: dict) -> bool:
     "Does this cell, shown and run, call `….fit(…)` or `train(…)`?"
-    if not is_run(cell) or directives(cell).keys() & {"export", "exports", "exporti", "hide"}: return False
-    try: calls = [node.func for node in ast.walk(ast.parse(cell["source"])) if isinstance(node, ast.Call)]
-    except SyntaxError: return False
+    if not is_run(cell) or directives(cell).keys() & {"export", "exports", "exporti", "hide"}:
+        return False
+    try:
+        calls = [
+            node.func for node in ast.walk(ast.parse(cell["source"])) if isinstance(node, ast.Call)
+        ]
+    except SyntaxError:
+        return False
     return any(getattr(f, "attr", "") == "fit" or getattr(f, "id", "") == "train" for f in calls)
 
 # %% ../../nbs/app/03_notebooks.ipynb #8be3720a
 def output_lines(nb: dict) -> list[str]:
     "All lines of text in the outputs."
-    texts = ["".join(o.get("text", "")) + "\n" + "".join(o.get("data", {}).get("text/plain", "")) for c in nb["cells"] for o in c.get("outputs", [])]
+    texts = [
+        "".join(o.get("text", "")) + "\n" + "".join(o.get("data", {}).get("text/plain", ""))
+        for c in nb["cells"]
+        for o in c.get("outputs", [])
+    ]
     return [line for text in texts for line in text.splitlines()]
 
 # %% ../../nbs/app/03_notebooks.ipynb #2ebe184b
 def ran_on(nb: dict) -> list[str]:
     "Does a notebook that trains say what it ran on, and does the receipt agree?"
     lines = [line for line in output_lines(nb) if line.startswith("ran on ")]
-    if any(map(trains, nb["cells"])) and not lines: return ["it trains and no output has a line that begins with 'ran on '"]
+    if any(map(trains, nb["cells"])) and not lines:
+        return ["it trains and no output has a line that begins with 'ran on '"]
     device = nb["metadata"].get("lal", {}).get("device", "")
-    return [f"it says {line!r} but was executed on {device}" for line in lines if device == "cpu" and re.search("nvidia|cuda", line, re.I)]
+    return [
+        f"it says {line!r} but was executed on {device}"
+        for line in lines
+        if device == "cpu" and re.search("nvidia|cuda", line, re.I)
+    ]
 
 # %% ../../nbs/app/03_notebooks.ipynb #07892fe0
 def notebooks(root: Path) -> list[Path]:
     "All notebooks of the checkout `root`, whether nbdev would take them or not."
-    return sorted(path for path in (Path(root) / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+    return sorted(
+        path
+        for path in (Path(root) / "nbs").rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in path.parts
+    )
 
 # %% ../../nbs/app/03_notebooks.ipynb #46e15a05
 def sidebar_problems(contents: list, pages: list[str]) -> list[str]:
     "Pages that the sidebar lacks, names twice, or names although they don't exist."
     named = Counter(sidebar_pages(contents))
-    return ([f"{page} is not in the sidebar of _quarto.yml" for page in pages if page not in named]
-            + [f"{page} is in the sidebar {times} times" for page, times in named.items() if times > 1]
-            + [f"{page} is in the sidebar and does not exist" for page in named if page not in pages])
+    return (
+        [f"{page} is not in the sidebar of _quarto.yml" for page in pages if page not in named]
+        + [f"{page} is in the sidebar {times} times" for page, times in named.items() if times > 1]
+        + [f"{page} is in the sidebar and does not exist" for page in named if page not in pages]
+    )
+
+# %% ../../nbs/app/03_notebooks.ipynb #393628ca
+def left_out_of_tests(nb: dict, path: Path) -> list[str]:
+    "Why nbdev_test would pass over this notebook, or over all of its code."
+    found, path = [], Path(path)
+    if path.name[0] in "_.":
+        found.append("nbdev skips names that begin with _ or .")
+    if (path.parent / ".notest").exists():
+        found.append("a file .notest beside it keeps it from being tested")
+    first = "".join("".join(cell["source"]) for cell in nb["cells"][:1])
+    if re.search(r"skip_exec\s*:\s*true", first, re.I):
+        found.append("skip_exec keeps it from being tested")
+    code = [cell for cell in nb["cells"] if is_run(cell) and "default_exp" not in directives(cell)]
+    if code and all("notest" in directives(cell) for cell in code):
+        found.append("every cell is `#| notest`: add a short twin that is tested")
+    return found
 
 # %% ../../nbs/app/03_notebooks.ipynb #003b23d4
 def untested(log: str, pages: list[str]) -> list[str]:
     "Notebooks that exist and that nbdev_test's log does not name as completed."
     done = re.findall(r"^- Completed (.*)$", log, re.M)
-    missing = [f"{page} was not tested" for page in pages if not any(line.endswith(page) for line in done)]
+    missing = [
+        f"{page} was not tested" for page in pages if not any(line.endswith(page) for line in done)
+    ]
     return missing or ([] if pages else ["there is no notebook"])
 
 # %% ../../nbs/app/03_notebooks.ipynb #da0068c5
 def test(root: Path, n_workers: int = 2) -> None:
     "Run nbdev_test over all notebooks, and exit with 1 when one fails or was left out."
-    code = f"from nbdev.test import nbdev_test\nif __name__ == '__main__': nbdev_test.__wrapped__(n_workers={n_workers}, do_print=True, timing=True)"
-    log, process = "", subprocess.Popen([sys.executable, "-u", "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    code = (
+        "from nbdev.test import nbdev_test as test\n"
+        f"test.__wrapped__(n_workers={n_workers}, do_print=True, timing=True)"
+    )
+    log, process = (
+        "",
+        subprocess.Popen(
+            [sys.executable, "-u", "-c", code], cwd=root, stdout=subprocess.PIPE, text=True
+        ),
+    )
     for line in process.stdout:
         log += line
         print(line, end="", flush=True)
     pages = [path.relative_to(root).as_posix() for path in notebooks(root)]
     problems = untested(log, pages) if process.wait() == 0 else ["a notebook failed"]
-    for problem in problems: print(problem)
-    if problems: raise SystemExit(1)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise SystemExit(1)
     print(f"{len(pages)} notebooks exist, {len(pages)} were tested")
 
 # %% ../../nbs/app/03_notebooks.ipynb #967b5c5f
 def main(paths: list[str] | None = None) -> None:
     "Execute the given notebooks in place, all when none is given; stops at the first that fails."
-    chosen = [Path(path) for path in (sys.argv[1:] if paths is None else paths)] or notebooks(Path.cwd())
+    chosen = [Path(path) for path in (sys.argv[1:] if paths is None else paths)] or notebooks(
+        Path.cwd()
+    )
     missing = [str(path) for path in chosen if not path.is_file()]
-    if missing: raise SystemExit(f"no such notebook: {missing[0]}")
-    code = "import sys\nfrom lal.app.notebooks import refresh\nprint('changed' if refresh(sys.argv[1]) else 'as it was')"
+    if missing:
+        raise SystemExit(f"no such notebook: {missing[0]}")
+    code = (
+        "import sys; from lal.app.notebooks import refresh\n"
+        "print('changed' if refresh(sys.argv[1]) else 'as it was')"
+    )
     for path in chosen:
         print(path, end=" … ", flush=True)
-        done = subprocess.run([sys.executable, "-c", code, str(path)], env={**os.environ, "PLOTLY_RENDERER": "plotly_mimetype"})
-        if done.returncode: raise SystemExit(f"{path} failed; the file is as it was")
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path)],
+            env={**os.environ, "PLOTLY_RENDERER": "plotly_mimetype"},
+        )
+        if done.returncode:
+            raise SystemExit(f"{path} failed; the file is as it was")

@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
+from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -22,11 +24,11 @@ import plotly.io as pio
 import yaml
 
 # %% auto #0
-__all__ = ['FIGURE', 'RAW', 'require', 'figure_title', 'figure_html', 'PlotlyFigures', 'put_plotly_js', 'cell_options', 'fenced',
-           'output_markdown', 'cell_markdown', 'notebook_markdown', 'page_name', 'page_link', 'sidebar_pages',
-           'sidebar_html', 'render', 'process_notebooks', 'front_matter', 'source_link', 'write_page', 'build_preview',
-           'around_html', 'copy_assets', 'PageLinks', 'dead_links', 'find_chromium', 'figure_png', 'PictureFigures',
-           'readme', 'write_readme', 'main']
+__all__ = ['FIGURE', 'RAW', 'PHOTO_STYLE', 'CHROMIUM_FLAGS', 'require', 'figure_title', 'figure_html', 'PlotlyFigures',
+           'put_plotly_js', 'cell_options', 'fenced', 'output_markdown', 'cell_markdown', 'notebook_markdown',
+           'page_name', 'page_link', 'sidebar_pages', 'sidebar_html', 'render', 'process_notebooks', 'front_matter',
+           'around_html', 'Book', 'read_book', 'copy_assets', 'build_preview', 'PageLinks', 'dead_links',
+           'find_chromium', 'figure_png', 'PictureFigures', 'readme', 'write_readme', 'main']
 
 # %% ../../nbs/app/02_pages.ipynb #cd76698d
 def require(module: str):
@@ -34,26 +36,40 @@ def require(module: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is needed to build pages and check notebooks: pip install 'lal[dev]'") from error
+        raise ImportError(
+            f"{module} is needed to build pages and check notebooks: pip install 'lal[dev]'"
+        ) from error
 
 # %% ../../nbs/app/02_pages.ipynb #2febc574
 def figure_title(figure: dict) -> tuple[str, str]:
     "Title and subtitle of a figure given as plotly JSON, empty where there is none."
     title = figure.get("layout", {}).get("title") or {}
-    if isinstance(title, str): return title, ""
+    if isinstance(title, str):
+        return title, ""
     return title.get("text") or "", (title.get("subtitle") or {}).get("text") or ""
 
 # %% ../../nbs/app/02_pages.ipynb #b692b78e
 def figure_html(figure: dict, div_id: str, plotly_js: str | bool) -> str:
-    "HTML of a figure given as plotly JSON; `plotly_js` is the script's address, or False where the page already has it."
+    "HTML of a plotly JSON figure. `plotly_js`: the script's address; False if the page has it."
     title, subtitle = figure_title(figure)
     layout = {k: v for k, v in figure.get("layout", {}).items() if k not in ("title", "width")}
     if title:
-        # The drawing no longer has to leave room for its title; 40 px remain for subplot titles and the mode bar.
-        layout["margin"] = {**layout.get("margin", {}), "t": min(layout.get("margin", {}).get("t", 40), 40)}
+        # No room for a title any more; 40 px remain for subplot titles and the mode bar.
+        layout["margin"] = {
+            **layout.get("margin", {}),
+            "t": min(layout.get("margin", {}).get("t", 40), 40),
+        }
     body = pio.to_html(
-        {**figure, "layout": layout}, full_html=False, include_plotlyjs=plotly_js, include_mathjax=False, div_id=div_id, validate=False,
-        default_width="100%", default_height=f"{layout.get('height', 400)}px", config={"responsive": True, "displaylogo": False})
+        {**figure, "layout": layout},
+        full_html=False,
+        include_plotlyjs=plotly_js,
+        include_mathjax=False,
+        div_id=div_id,
+        validate=False,
+        default_width="100%",
+        default_height=f"{layout.get('height', 400)}px",
+        config={"responsive": True, "displaylogo": False},
+    )
     small = f"<small>{subtitle}</small>" if subtitle else ""
     caption = f"<figcaption>{title}{small}</figcaption>" if title else ""
     return f'<figure class="plotly-figure">{caption}{body}</figure>'
@@ -71,14 +87,18 @@ class PlotlyFigures:
     def begin(self):
         config = require("nbdev.config").get_config()
         page = Path(self.nb.path_).resolve().relative_to(Path(config.nbs_path).resolve())
-        self.top, self.script = Path(config.config_path) / "_proc", "../" * (len(page.parts) - 1) + "plotly.min.js"
+        self.top, self.script = (
+            Path(config.config_path) / "_proc",
+            "../" * (len(page.parts) - 1) + "plotly.min.js",
+        )
 
     def __call__(self, cell):
         figures = [output for output in cell.get("outputs", []) if FIGURE in output.get("data", {})]
         for number, output in enumerate(figures):
             div_id = f"fig-{cell.id}" + (f"-{number}" if number else "")
             output["data"] = {"text/html": figure_html(output["data"][FIGURE], div_id, self.script)}
-            if self.script: put_plotly_js(self.top)
+            if self.script:
+                put_plotly_js(self.top)
             self.script = False
 
 # %% ../../nbs/app/02_pages.ipynb #58459415
@@ -88,7 +108,12 @@ def put_plotly_js(folder: Path) -> Path:
     if not script.exists():
         script.parent.mkdir(parents=True, exist_ok=True)
         part = script.with_name(f"plotly.{os.getpid()}.part")
-        shutil.copyfile(Path(importlib.import_module("plotly").__file__).parent / "package_data" / "plotly.min.js", part)
+        shutil.copyfile(
+            Path(importlib.import_module("plotly").__file__).parent
+            / "package_data"
+            / "plotly.min.js",
+            part,
+        )
         part.replace(script)
     return script
 
@@ -113,22 +138,34 @@ RAW = " {=html}"
 # %% ../../nbs/app/02_pages.ipynb #11f35ca2
 def output_markdown(output: dict) -> str:
     "One output of a cell as Markdown."
-    if output["output_type"] == "stream": return fenced("".join(output["text"]).rstrip("\n"))
-    if output["output_type"] == "error": return fenced(f"{output['ename']}: {output['evalue']}")
-    data = {mime: "".join(text) if isinstance(text, list) else text for mime, text in output.get("data", {}).items()}
-    if "text/html" in data: return fenced(data["text/html"], RAW)
-    if "text/markdown" in data: return data["text/markdown"]
-    if "image/svg+xml" in data: return fenced(data["image/svg+xml"], RAW)
-    if "image/png" in data: return fenced(f'<img alt="" src="data:image/png;base64,{data["image/png"].strip()}">', RAW)
-    if "text/latex" in data: return data["text/latex"]
+    if output["output_type"] == "stream":
+        return fenced("".join(output["text"]).rstrip("\n"))
+    if output["output_type"] == "error":
+        return fenced(f"{output['ename']}: {output['evalue']}")
+    data = {
+        mime: "".join(text) if isinstance(text, list) else text
+        for mime, text in output.get("data", {}).items()
+    }
+    if "text/html" in data:
+        return fenced(data["text/html"], RAW)
+    if "text/markdown" in data:
+        return data["text/markdown"]
+    if "image/svg+xml" in data:
+        return fenced(data["image/svg+xml"], RAW)
+    if "image/png" in data:
+        return fenced(f'<img alt="" src="data:image/png;base64,{data["image/png"].strip()}">', RAW)
+    if "text/latex" in data:
+        return data["text/latex"]
     return fenced(data["text/plain"]) if "text/plain" in data else ""
 
 # %% ../../nbs/app/02_pages.ipynb #8166dc1e
 def cell_markdown(cell: dict) -> str:
     "A processed cell as Markdown for pandoc."
-    if cell["cell_type"] != "code": return "" if cell["cell_type"] == "raw" else cell["source"]
+    if cell["cell_type"] != "code":
+        return "" if cell["cell_type"] == "raw" else cell["source"]
     options, code = cell_options(cell["source"])
-    if options.get("include") == "false": return ""
+    if options.get("include") == "false":
+        return ""
     parts = []
     if code and options.get("echo") != "false":
         language = cell.get("metadata", {}).get("language", "python")
@@ -136,12 +173,23 @@ def cell_markdown(cell: dict) -> str:
         if options.get("code-fold") in ("true", "show"):
             opening = " open" if options["code-fold"] == "show" else ""
             summary = html.escape(options.get("code-summary", "Code"))
-            parts[0] = "\n\n".join([fenced(f'<details class="fold"{opening}><summary>{summary}</summary>', RAW), parts[0], fenced("</details>", RAW)])
-    shown = [text for output in cell.get("outputs", []) if (text := output_markdown(output))] if options.get("output") != "false" else []
+            parts[0] = "\n\n".join(
+                [
+                    fenced(f'<details class="fold"{opening}><summary>{summary}</summary>', RAW),
+                    parts[0],
+                    fenced("</details>", RAW),
+                ]
+            )
+    shown = (
+        [text for output in cell.get("outputs", []) if (text := output_markdown(output))]
+        if options.get("output") != "false"
+        else []
+    )
     if shown:
         box = ".output .show" if options.get("output") == "asis" else ".output"
         parts.append("\n\n".join([f"::::::: {{{box}}}", *shown, ":::::::"]))
-    if "fig-cap" in options: parts.append(f"*{options['fig-cap']}*")
+    if "fig-cap" in options:
+        parts.append(f"*{options['fig-cap']}*")
     return "\n\n".join(parts)
 
 # %% ../../nbs/app/02_pages.ipynb #f551f370
@@ -156,14 +204,16 @@ def page_name(notebook: str) -> str:
 
 # %% ../../nbs/app/02_pages.ipynb #b71327d4
 def page_link(address: str, up: str, source: str = "") -> str:
-    "Where a link on a page leads in the preview. `up` is the way to the site's top; `source` is where show_doc's source links begin."
+    "Where a link leads in the preview; `up` is the way to its top, `source` begins source links."
     if source and address.startswith(source):
         path, _, line = address.removeprefix(source).partition("#L")
         return f"{up}source/{path}.html" + (f"#L-{line}" if line.isdigit() else "")
     parts = urlsplit(address)
-    if parts.scheme or parts.netloc or not parts.path: return address
+    if parts.scheme or parts.netloc or not parts.path:
+        return address
     path = up + parts.path.lstrip("/") if parts.path.startswith("/") else parts.path
-    if path.endswith(".ipynb"): path = page_name(path)
+    if path.endswith(".ipynb"):
+        path = page_name(path)
     return path + (f"#{parts.fragment}" if parts.fragment else "")
 
 # %% ../../nbs/app/02_pages.ipynb #12af0aeb
@@ -171,108 +221,157 @@ def sidebar_pages(contents: list) -> list[str]:
     "The notebooks of a sidebar, in reading order."
     pages = []
     for item in contents:
-        if isinstance(item, str): pages.append(item); continue
-        if "href" in item: pages.append(item["href"])
+        if isinstance(item, str):
+            pages.append(item)
+            continue
+        if "href" in item:
+            pages.append(item["href"])
         pages += sidebar_pages(item.get("contents", []))
     return pages
 
 # %% ../../nbs/app/02_pages.ipynb #2fc42dd8
 def sidebar_html(contents: list, titles: dict[str, str], here: str, up: str) -> str:
-    "The sidebar as nested lists, with the page `here` marked. Pages without an entry in `titles` are left out."
+    "The sidebar as nested lists with `here` marked; pages that `titles` lacks are left out."
+
     def entry(notebook, text):
         mark = ' aria-current="page"' if notebook == here else ""
         return f'<a href="{up}{page_name(notebook)}"{mark}>{html.escape(text)}</a>'
+
     rows = []
     for item in contents:
         item = {"href": item} if isinstance(item, str) else item
         href, name = item.get("href"), item.get("section") or item.get("text")
-        label = entry(href, name or titles[href]) if href in titles else f"<span>{html.escape(name)}</span>" if name else ""
+        label = (
+            entry(href, name or titles[href])
+            if href in titles
+            else f"<span>{html.escape(name)}</span>"
+            if name
+            else ""
+        )
         inner = sidebar_html(item["contents"], titles, here, up) if "contents" in item else ""
-        if label: rows.append(f'<li{" class=part" if inner else ""}>{label}{inner}</li>')
+        if label:
+            rows.append(f"<li{' class=part' if inner else ''}>{label}{inner}</li>")
     return "<ul>" + "".join(rows) + "</ul>"
 
 # %% ../../nbs/app/02_pages.ipynb #5e4648b9
-def render(markdown: str, template: Path, variables: dict[str, str], up: str, source: str = "") -> str:
+def render(
+    markdown: str, template: Path, variables: dict[str, str], up: str, source: str = ""
+) -> str:
     "A page's HTML from its Markdown, through pandoc."
-    # Section divs and smart quotes are what Quarto's pandoc call uses, so a heading gets the same anchor there and here.
-    args = [f"--template={template}", "--mathml", "--toc", "--toc-depth=3", *(f"--variable={k}={v}" for k, v in variables.items())]
-    text = require("pypandoc").convert_text(markdown, "html5", format="markdown+smart", extra_args=args)
-    lead = lambda found: f'{found[1]}="{html.escape(page_link(html.unescape(found[2]), up, source))}"'
+    args = [
+        f"--template={template}",
+        "--mathml",
+        "--toc",
+        "--toc-depth=3",
+        *(f"--variable={k}={v}" for k, v in variables.items()),
+    ]
+    text = require("pypandoc").convert_text(markdown, "html5", format="markdown", extra_args=args)
+    lead = lambda found: (
+        f'{found[1]}="{html.escape(page_link(html.unescape(found[2]), up, source))}"'
+    )
     return re.sub(r'\b(href|src)="([^"]*)"', lead, text)
 
 # %% ../../nbs/app/02_pages.ipynb #ad0b143d
 def process_notebooks(root: Path) -> Path:
-    "Run nbdev's page processors over all notebooks of the checkout `root`; returns the folder with the results."
+    "Run nbdev's page processors over the notebooks of `root`; returns the folder of results."
     hidden = [part for part in Path(root).resolve().parts if part.startswith(".")]
     if hidden:
-        raise SystemExit(f"nbdev builds no page below a folder whose name begins with a dot, and this checkout is below {hidden[0]!r}: "
-                         "clone it elsewhere to build pages.")
+        raise SystemExit(
+            f"nbdev builds no page below a folder whose name begins with a dot, and this checkout "
+            f"is below {hidden[0]!r}: clone it elsewhere to build pages."
+        )
     shutil.rmtree(Path(root) / "_proc", ignore_errors=True)
-    # nbdev starts worker processes afresh, which import the main module again: they must find nothing to do there.
-    code = "import nbdev.serve\nif __name__ == '__main__': nbdev.serve.proc_nbs(n_workers=2, force=True)\n"
+    # nbdev's worker processes import the main module again and must find nothing to do.
+    code = (
+        "from nbdev.serve import proc_nbs\n"
+        "if __name__ == '__main__': proc_nbs(n_workers=2, force=True)\n"
+    )
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "process.py"
         script.write_text(code)
         path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        subprocess.run([sys.executable, str(script)], cwd=root, check=True, env={**os.environ, "PYTHONPATH": path})
+        subprocess.run(
+            [sys.executable, str(script)],
+            cwd=root,
+            check=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
     return Path(root) / "_proc"
 
 # %% ../../nbs/app/02_pages.ipynb #6f4fb192
 def front_matter(nb: dict) -> dict:
-    "Title, description and whatever else nbdev put into the raw first cell of a processed notebook."
+    "What nbdev put into the raw first cell of a processed notebook: title, description, …"
     raw = [cell["source"] for cell in nb["cells"] if cell["cell_type"] == "raw"]
     text = "".join(raw[0]) if raw else ""
     return yaml.safe_load(text.strip().strip("-")) or {} if text.startswith("---") else {}
 
-# %% ../../nbs/app/02_pages.ipynb #9275d358
-def source_link() -> str:
-    "What the addresses of show_doc's source links begin with."
-    config = require("nbdev.config").get_config()
-    return f"{config.git_url}/blob/{config.branch}/"
-
-# %% ../../nbs/app/02_pages.ipynb #0229e22b
-def write_page(path: Path, markdown: str, nbs: Path, variables: dict[str, str], up: str) -> None:
-    "Render one page into `path`."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(markdown, nbs / "_preview.html", {**variables, "up": up}, up, source_link()))
-
-# %% ../../nbs/app/02_pages.ipynb #aef1d478
-def build_preview(root: Path, site: Path) -> list[Path]:
-    "Every page of the checkout `root`, rendered by pandoc into the folder `site`; returns the pages."
-    read_nb = require("execnb.nbio").read_nb
-    root, site, nbs = Path(root), Path(site), Path(root) / "nbs"
-    processed = process_notebooks(root)
-    books = {path.relative_to(processed).as_posix(): read_nb(path) for path in sorted(processed.rglob("*.ipynb"))}
-    titles = {name: front_matter(nb).get("title", name) for name, nb in books.items()}
-    config = require("nbdev.config").get_config()
-    contents = yaml.safe_load((nbs / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
-    order = [name for name in sidebar_pages(contents) if name in books]
-    shutil.rmtree(site, ignore_errors=True)
-    copy_assets(processed, nbs, site)
-    pages = []
-    for name, nb in books.items():
-        up, page = "../" * name.count("/"), site / page_name(name)
-        variables = {"site": config.title, "pagetitle": f"{titles[name]} – {config.title}", "source": f"nbs/{name}",
-                     "sidebar": sidebar_html(contents, titles, name, up), "around": around_html(order, titles, name, up), "toc": "1"}
-        meta = {key: value for key, value in front_matter(nb).items() if key in ("title", "description")}
-        write_page(page, f"---\n{yaml.safe_dump(meta)}---\n\n{notebook_markdown(nb)}", nbs, variables, up)
-        pages.append(page)
-    for module in sorted((root / "lal").rglob("*.py")):
-        name = module.relative_to(root).as_posix()
-        up = "../" * (name.count("/") + 1)
-        text = f"# {name}\n\n" + fenced(module.read_text(), " {#L .python .numberLines .lineAnchors}")
-        variables = {"site": config.title, "pagetitle": name, "source": name, "sidebar": sidebar_html(contents, titles, "", up)}
-        write_page(site / "source" / f"{name}.html", text, nbs, variables, up)
-    return pages
-
 # %% ../../nbs/app/02_pages.ipynb #4b4aeab2
 def around_html(order: list[str], titles: dict[str, str], here: str, up: str) -> str:
     "Links to the page before and the page after, as the sidebar orders them."
-    if here not in order: return ""
+    if here not in order:
+        return ""
     at = order.index(here)
-    before = f'<a href="{up}{page_name(order[at - 1])}">← {html.escape(titles[order[at - 1]])}</a>' if at else ""
-    after = f'<a href="{up}{page_name(order[at + 1])}">{html.escape(titles[order[at + 1]])} →</a>' if at + 1 < len(order) else ""
+    before = (
+        f'<a href="{up}{page_name(order[at - 1])}">← {html.escape(titles[order[at - 1]])}</a>'
+        if at
+        else ""
+    )
+    after = (
+        f'<a href="{up}{page_name(order[at + 1])}">{html.escape(titles[order[at + 1]])} →</a>'
+        if at + 1 < len(order)
+        else ""
+    )
     return before + after
+
+# %% ../../nbs/app/02_pages.ipynb #39333c36
+@dataclass
+class Book:
+    "The processed notebooks of a checkout, and what all their pages share."
+
+    nbs: Path
+    site: Path
+    notebooks: dict[str, dict]
+    contents: list
+    name: str
+    source: str
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        return {name: front_matter(nb).get("title", name) for name, nb in self.notebooks.items()}
+
+    @cached_property
+    def order(self) -> list[str]:
+        return [name for name in sidebar_pages(self.contents) if name in self.notebooks]
+
+    def write(self, path: str, markdown: str, here: str, title: str, origin: str) -> Path:
+        "Render one page into `path` below the site; `here` is its notebook, `origin` its source."
+        up, page = "../" * path.count("/"), self.site / path
+        variables = {
+            "up": up,
+            "site": self.name,
+            "pagetitle": f"{title} – {self.name}",
+            "source": origin,
+            "sidebar": sidebar_html(self.contents, self.titles, here, up),
+            "around": around_html(self.order, self.titles, here, up),
+        }
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(render(markdown, self.nbs / "_preview.html", variables, up, self.source))
+        return page
+
+# %% ../../nbs/app/02_pages.ipynb #1f314bf3
+def read_book(root: Path, processed: Path, site: Path) -> Book:
+    "Read what nbdev's processors left in `processed`."
+    read_nb, config = require("execnb.nbio").read_nb, require("nbdev.config").get_config()
+    found = sorted(processed.rglob("*.ipynb"))
+    quarto = yaml.safe_load((Path(root) / "_quarto.yml").read_text())
+    return Book(
+        nbs=Path(root) / "nbs",
+        site=Path(site),
+        notebooks={path.relative_to(processed).as_posix(): read_nb(path) for path in found},
+        contents=quarto["website"]["sidebar"]["contents"],
+        name=config.title,
+        source=f"{config.git_url}/blob/{config.branch}/",
+    )
 
 # %% ../../nbs/app/02_pages.ipynb #f0b6c2e8
 def copy_assets(processed: Path, nbs: Path, site: Path) -> None:
@@ -280,6 +379,25 @@ def copy_assets(processed: Path, nbs: Path, site: Path) -> None:
     keep_out = shutil.ignore_patterns("*.ipynb", "_*", ".*", "nbdev.yml", "__pycache__", "*.py")
     shutil.copytree(processed, site, ignore=keep_out)
     shutil.copyfile(nbs / "_preview.css", site / "preview.css")
+
+# %% ../../nbs/app/02_pages.ipynb #bb293841
+def build_preview(root: Path, site: Path) -> list[Path]:
+    "Every page of the checkout `root`, rendered by pandoc into `site`; returns the pages."
+    root, site = Path(root), Path(site)
+    processed = process_notebooks(root)
+    book = read_book(root, processed, site)
+    shutil.rmtree(site, ignore_errors=True)
+    copy_assets(processed, book.nbs, site)
+    pages = []
+    for name, nb in book.notebooks.items():
+        meta = {k: v for k, v in front_matter(nb).items() if k in ("title", "description")}
+        markdown = f"---\n{yaml.safe_dump(meta, allow_unicode=True)}---\n\n{notebook_markdown(nb)}"
+        pages.append(book.write(page_name(name), markdown, name, book.titles[name], f"nbs/{name}"))
+    for module in sorted((root / "lal").rglob("*.py")):
+        name = module.relative_to(root).as_posix()
+        code = fenced(module.read_text(), " {#L .python .numberLines .lineAnchors}")
+        book.write(f"source/{name}.html", f"---\ntitle: {name}\n---\n\n{code}", "", name, name)
+    return pages
 
 # %% ../../nbs/app/02_pages.ipynb #fd327de5
 class PageLinks(HTMLParser):
@@ -292,22 +410,27 @@ class PageLinks(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         for key, value in attrs:
-            if key in ("id", "name") and value: self.ids.add(value)
-            if key in ("href", "src") and value: self.addresses.append(value)
+            if key in ("id", "name") and value:
+                self.ids.add(value)
+            if key in ("href", "src") and value:
+                self.addresses.append(value)
 
 # %% ../../nbs/app/02_pages.ipynb #921ac7ff
 def dead_links(site: Path) -> list[str]:
-    "Every link or picture of a rendered site that leads to a missing file or fragment, as `page: address`."
+    "Links and pictures of a site that lead to a missing file or fragment, as `page: address`."
     parsed = {path.resolve(): PageLinks(path.read_text()) for path in Path(site).rglob("*.html")}
     dead = []
     for page, links in parsed.items():
         for address in links.addresses:
             parts = urlsplit(address)
-            if parts.scheme or parts.netloc: continue
+            if parts.scheme or parts.netloc:
+                continue
             target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
             missing = not target.is_file()
-            if not missing and parts.fragment and target in parsed: missing = unquote(parts.fragment) not in parsed[target].ids
-            if missing: dead.append(f"{page.relative_to(Path(site).resolve())}: {address}")
+            if not missing and parts.fragment and target in parsed:
+                missing = unquote(parts.fragment) not in parsed[target].ids
+            if missing:
+                dead.append(f"{page.relative_to(Path(site).resolve())}: {address}")
     return dead
 
 # %% ../../nbs/app/02_pages.ipynb #587d48ac
@@ -316,11 +439,23 @@ def find_chromium() -> str | None:
     names = "chromium", "chromium-browser", "google-chrome", "chrome"
     return next((path for name in names if (path := shutil.which(name))), None)
 
+# %% ../../nbs/app/02_pages.ipynb #13768047
+PHOTO_STYLE = """<meta charset="utf-8"><style>
+  body { margin: 8px; font: 15px sans-serif; color: #808080 } figure { margin: 0 }
+  figcaption { font-weight: 600; margin: 0 0 6px 8px } small { display: block; font-weight: 400 }
+</style>"""
+CHROMIUM_FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
+  --disable-background-networking --disable-component-update --disable-sync --hide-scrollbars
+  --force-device-scale-factor=2 --default-background-color=00000000 --virtual-time-budget=4000""".split()
+
 # %% ../../nbs/app/02_pages.ipynb #a7cb71db
 def figure_png(figure: dict, path: Path, width: int = 860, height: int = 480) -> Path:
-    "Photograph a figure given as plotly JSON; `width` and `height` in CSS pixels, two picture pixels each."
+    "Photograph a plotly JSON figure; sizes in CSS pixels, two picture pixels each."
     browser = find_chromium()
-    if browser is None: raise FileNotFoundError("Chromium is needed to make a picture of a figure: apt install chromium")
+    if browser is None:
+        raise FileNotFoundError(
+            "Chromium is needed to make a picture of a figure: apt install chromium"
+        )
     room = height - 60 if figure_title(figure)[0] else height - 20
     figure = {**figure, "layout": {**figure.get("layout", {}), "height": room}}
     path = Path(path).resolve()
@@ -328,17 +463,27 @@ def figure_png(figure: dict, path: Path, width: int = 860, height: int = 480) ->
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "figure.html"
         put_plotly_js(page.parent)
-        style = "body{margin:8px;font:15px sans-serif;color:#808080}figure{margin:0}figcaption{font-weight:600;margin:0 0 6px 8px}small{display:block;font-weight:400}"
-        page.write_text(f"<!doctype html><meta charset=utf-8><style>{style}</style>{figure_html(figure, 'figure', 'plotly.min.js')}")
-        flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-                 "--disable-sync --hide-scrollbars --force-device-scale-factor=2 --default-background-color=00000000 --virtual-time-budget=4000")
-        subprocess.run([browser, *flags.split(), f"--user-data-dir={folder}/profile", f"--window-size={width},{height}", f"--screenshot={path}",
-                        page.as_uri()], check=True, capture_output=True, timeout=120)
+        page.write_text(
+            f"<!doctype html>{PHOTO_STYLE}{figure_html(figure, 'figure', 'plotly.min.js')}"
+        )
+        subprocess.run(
+            [
+                browser,
+                *CHROMIUM_FLAGS,
+                f"--user-data-dir={folder}/profile",
+                f"--window-size={width},{height}",
+                f"--screenshot={path}",
+                page.as_uri(),
+            ],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
     return path
 
 # %% ../../nbs/app/02_pages.ipynb #77a5d81f
 class PictureFigures:
-    "nbdev processor: committed plotly figures become links to `nbs/images/`; `pictures` collects them."
+    "nbdev processor: plotly figures become links to `nbs/images/`; `pictures` collects them."
 
     def __init__(self, nb=None):
         self.pictures = {}
@@ -346,7 +491,8 @@ class PictureFigures:
     def __call__(self, cell):
         for output in cell.get("outputs", []):
             figure = output.get("data", {}).get(FIGURE)
-            if figure is None: continue
+            if figure is None:
+                continue
             name = f"nbs/images/index-{cell.id}.png"
             self.pictures[name] = figure
             title = re.sub(r"<[^>]+>", " ", figure_title(figure)[0]).strip()
@@ -354,17 +500,32 @@ class PictureFigures:
 
 # %% ../../nbs/app/02_pages.ipynb #0686a717
 def readme(notebook: Path) -> tuple[str, dict[str, dict]]:
-    "README text of the front page's notebook, and the figures it shows by the path of their picture."
+    "README text of the front page, and its figures by the path of their picture."
     processors, process = require("nbdev.processors"), require("nbdev.process")
     pictures = PictureFigures()
-    nb = process.NBProcessor(notebook, [processors.hide_line, processors.rm_export, processors.hide_, pictures], process=True).nb
-    up = lambda found: f"]({link})" if urlsplit(link := found[1]).scheme or link.startswith(("#", "nbs/")) else f"](nbs/{link})"
+    nb = process.NBProcessor(
+        notebook,
+        [processors.hide_line, processors.rm_export, processors.hide_, pictures],
+        process=True,
+    ).nb
+    up = lambda found: (
+        f"]({link})"
+        if urlsplit(link := found[1]).scheme or link.startswith(("#", "nbs/"))
+        else f"](nbs/{link})"
+    )
     for cell in nb.cells:
-        if cell.cell_type == "markdown": cell.source = re.sub(r"\]\(([^)\s]+)\)", up, cell.source)
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\(([^)\s]+)\)", up, cell.source)
     # README readers see code and results one after the other; boxes are for pages.
     markdown = re.sub(r"(?m)^:::::::.*\n", "", notebook_markdown(nb))
-    text = require("pypandoc").convert_text(markdown, "gfm", format="markdown+smart-implicit_figures", extra_args=["--wrap=none"])
-    return f"<!-- Written from nbs/{Path(notebook).name} by `make readme`; edit the notebook. -->\n\n" + text.replace("\r\n", "\n"), pictures.pictures
+    text = require("pypandoc").convert_text(
+        markdown, "gfm", format="markdown-implicit_figures", extra_args=["--wrap=none"]
+    )
+    return (
+        f"<!-- Written from nbs/{Path(notebook).name} by `make readme`; edit the notebook. -->\n\n"
+        + text.replace("\r\n", "\n"),
+        pictures.pictures,
+    )
 
 # %% ../../nbs/app/02_pages.ipynb #8a5c9fcc
 def write_readme(root: Path) -> None:
@@ -373,9 +534,14 @@ def write_readme(root: Path) -> None:
     (Path(root) / "README.md").write_text(text)
     print("wrote README.md")
     for name, figure in pictures.items():
-        if find_chromium(): print("wrote", figure_png(figure, Path(root) / name).relative_to(Path(root).resolve()))
-        elif (Path(root) / name).exists(): print(f"kept the old {name}: making a new one needs Chromium (apt install chromium)")
-        else: raise SystemExit(f"{name} is missing, and making it needs Chromium (apt install chromium)")
+        if find_chromium():
+            print("wrote", figure_png(figure, Path(root) / name).relative_to(Path(root).resolve()))
+        elif (Path(root) / name).exists():
+            print(f"kept the old {name}: making a new one needs Chromium (apt install chromium)")
+        else:
+            raise SystemExit(
+                f"{name} is missing, and making it needs Chromium (apt install chromium)"
+            )
 
 # %% ../../nbs/app/02_pages.ipynb #9c68a255
 def main(arguments: list[str] | None = None) -> None:
@@ -384,5 +550,9 @@ def main(arguments: list[str] | None = None) -> None:
         case ["preview"]:
             pages = build_preview(Path.cwd(), Path.cwd() / "_preview")
             print(f"{len(pages)} pages. Open _preview/index.html in a browser.")
-        case ["readme"]: write_readme(Path.cwd())
-        case _: raise SystemExit("usage: python -c 'from lal.app.pages import main; main()' preview|readme")
+        case ["readme"]:
+            write_readme(Path.cwd())
+        case _:
+            raise SystemExit(
+                "usage: python -c 'from lal.app.pages import main; main()' preview|readme"
+            )
