@@ -7,7 +7,7 @@ NB ?=
 # Figures are saved as data, and several test workers share the cores without slowing each other down.
 export PLOTLY_RENDERER := plotly_mimetype
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test docs preview notebooks readme clean
@@ -37,8 +37,9 @@ test: $(VENV)/.dev ## everything: structure, every notebook, contracts (two core
 	$(ONE_THREAD) $(PY) -c "from pathlib import Path; from lal.app.notebooks import test; test(Path.cwd(), n_workers=2)"
 	$(ONE_THREAD) $(PY) -m pytest tests/contracts
 
-docs: $(VENV)/.dev ## the site, with Quarto, into _docs/
+docs: ## the site, with Quarto, into _docs/
 	@command -v quarto >/dev/null || [ -x $(VENV)/bin/quarto ] || { echo "Quarto is missing: pip install 'lal[docs]' brings it where the internet is open; make preview shows every page without it."; exit 1; }
+	@$(MAKE) --no-print-directory $(VENV)/.dev
 	@rm -rf _proc _docs
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/nbdev_docs
 
