@@ -47,6 +47,8 @@ def receipt(nb: dict) -> dict[str, str]:
 def stale(nb: dict) -> list[str]:
     "Is there a receipt, and is it for this code?"
     proof = nb["metadata"].get("lal", {})
+    if not any(cell["cell_type"] == "code" for cell in nb["cells"]):
+        return []
     if not proof:
         return ["it was never executed by `make notebooks`: metadata.lal is missing"]
     if proof.get("code") != code_hash(nb):
@@ -373,9 +375,8 @@ def test(root: Path, n_workers: int = 2) -> None:
 # %% ../../nbs/app/03_notebooks.ipynb #967b5c5f
 def main(paths: list[str] | None = None) -> None:
     "Execute the given notebooks in place, all when none is given; stops at the first that fails."
-    chosen = [Path(path) for path in (sys.argv[1:] if paths is None else paths)] or notebooks(
-        Path.cwd()
-    )
+    given = sys.argv[1:] if paths is None else paths
+    chosen = [Path(path) for path in given] or notebooks(Path("."))
     missing = [str(path) for path in chosen if not path.is_file()]
     if missing:
         raise SystemExit(f"no such notebook: {missing[0]}")
