@@ -38,6 +38,9 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lal.app.pages.PlotlyFigures.__call__': ('app/pages.html#plotlyfigures.__call__', 'lal/app/pages.py'),
                                'lal.app.pages.PlotlyFigures.__init__': ('app/pages.html#plotlyfigures.__init__', 'lal/app/pages.py'),
                                'lal.app.pages.PlotlyFigures.begin': ('app/pages.html#plotlyfigures.begin', 'lal/app/pages.py'),
+                               'lal.app.pages.SourceOnce': ('app/pages.html#sourceonce', 'lal/app/pages.py'),
+                               'lal.app.pages.SourceOnce.__init__': ('app/pages.html#sourceonce.__init__', 'lal/app/pages.py'),
+                               'lal.app.pages.SourceOnce.begin': ('app/pages.html#sourceonce.begin', 'lal/app/pages.py'),
                                'lal.app.pages.around_html': ('app/pages.html#around_html', 'lal/app/pages.py'),
                                'lal.app.pages.build_preview': ('app/pages.html#build_preview', 'lal/app/pages.py'),
                                'lal.app.pages.cell_markdown': ('app/pages.html#cell_markdown', 'lal/app/pages.py'),
@@ -63,4 +66,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lal.app.pages.require': ('app/pages.html#require', 'lal/app/pages.py'),
                                'lal.app.pages.sidebar_html': ('app/pages.html#sidebar_html', 'lal/app/pages.py'),
                                'lal.app.pages.sidebar_pages': ('app/pages.html#sidebar_pages', 'lal/app/pages.py'),
+                               'lal.app.pages.without_signature': ('app/pages.html#without_signature', 'lal/app/pages.py'),
                                'lal.app.pages.write_readme': ('app/pages.html#write_readme', 'lal/app/pages.py')}}}

@@ -149,29 +149,20 @@ def bad_outputs(nb: dict, places: tuple[str, ...] = ()) -> list[str]:
         if any(output.get("name") == "stderr" for output in outputs):
             found.append(f"cell {cell['id']} wrote to stderr (a warning?)")
         # A figure's own data is numbers in base64, where any letters may turn up.
-        text = json.dumps(
-            [
-                {**o, "data": {k: v for k, v in o["data"].items() if k != FIGURE}}
-                if "data" in o
-                else o
-                for o in outputs
-            ]
-        )
-        path = MACHINE_PATH.search(text) or next((place for place in places if place in text), None)
+        texts = [{k: v for k, v in o.get("data", o).items() if k != FIGURE} for o in outputs]
+        text = json.dumps(texts)
+        known = MACHINE_PATH.search(text)
+        path = known[0] if known else next((place for place in places if place in text), None)
         if path:
-            found.append(
-                f"cell {cell['id']} shows a path of a machine: {path if isinstance(path, str) else path[0]}…"
-            )
+            found.append(f"cell {cell['id']} shows a path of a machine: {path}…")
     return found
 
 # %% ../../nbs/app/03_notebooks.ipynb #98038603
 def too_large(nb: dict, text: str) -> list[str]:
     "Figures, outputs and notebooks above their bound, in bytes of their JSON."
-    found = (
-        [f"the file has {len(text.encode()) / 1e6:.1f} MB; the bound is 2 MB"]
-        if len(text.encode()) > 2_000_000
-        else []
-    )
+    found, size = [], len(text.encode())
+    if size > 2_000_000:
+        found.append(f"the file has {size / 1e6:.1f} MB; the bound is 2 MB")
     for cell in nb["cells"]:
         outputs = cell.get("outputs", [])
         size = len(json.dumps(outputs))

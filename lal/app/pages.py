@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -25,10 +26,10 @@ import yaml
 
 # %% auto #0
 __all__ = ['FIGURE', 'RAW', 'PHOTO_STYLE', 'CHROMIUM_FLAGS', 'require', 'figure_title', 'figure_html', 'PlotlyFigures',
-           'put_plotly_js', 'cell_options', 'fenced', 'output_markdown', 'cell_markdown', 'notebook_markdown',
-           'page_name', 'page_link', 'sidebar_pages', 'sidebar_html', 'render', 'process_notebooks', 'front_matter',
-           'around_html', 'Book', 'read_book', 'copy_assets', 'build_preview', 'PageLinks', 'dead_links',
-           'find_chromium', 'figure_png', 'PictureFigures', 'readme', 'write_readme', 'main']
+           'put_plotly_js', 'SourceOnce', 'without_signature', 'cell_options', 'fenced', 'output_markdown',
+           'cell_markdown', 'notebook_markdown', 'page_name', 'page_link', 'sidebar_pages', 'sidebar_html', 'render',
+           'process_notebooks', 'front_matter', 'around_html', 'Book', 'read_book', 'copy_assets', 'build_preview',
+           'PageLinks', 'dead_links', 'find_chromium', 'figure_png', 'PictureFigures', 'readme', 'write_readme', 'main']
 
 # %% ../../nbs/app/02_pages.ipynb #cd76698d
 def require(module: str):
@@ -116,6 +117,30 @@ def put_plotly_js(folder: Path) -> Path:
         )
         part.replace(script)
     return script
+
+# %% ../../nbs/app/02_pages.ipynb #6e286656
+class SourceOnce:
+    "nbdev processor: where the source of a definition follows its documentation, don't repeat it."
+
+    def __init__(self, nb):
+        self.nb = nb
+
+    def begin(self):
+        for doc, source in pairwise(self.nb.cells):
+            shown = "show_doc(" in doc.get("source", "") and doc.get("outputs")
+            if not shown or "exports" not in (source.get("directives_") or {}):
+                continue
+            data = doc.outputs[0]["data"]
+            data["text/markdown"] = without_signature("".join(data["text/markdown"]))
+            source.source = source.source.removeprefix(
+                '#| code-fold: show\n#| code-summary: "Exported source"\n'
+            )
+
+# %% ../../nbs/app/02_pages.ipynb #6db321c7
+def without_signature(text: str) -> str:
+    "What show_doc wrote, without rule, signature and docstring; a table of parameters stays."
+    head, _, rest = text.removeprefix("---\n\n").partition("```python")
+    return head + (rest[rest.index("\n|") :] if "\n|" in rest else "")
 
 # %% ../../nbs/app/02_pages.ipynb #b99cb03a
 def cell_options(source: str) -> tuple[dict[str, str], str]:
