@@ -468,6 +468,7 @@ def find_chromium() -> str | None:
 PHOTO_STYLE = """<meta charset="utf-8"><style>
   body { margin: 8px; font: 15px sans-serif; color: #808080 } figure { margin: 0 }
   figcaption { font-weight: 600; margin: 0 0 6px 8px } small { display: block; font-weight: 400 }
+  .modebar { display: none !important }
 </style>"""
 CHROMIUM_FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
   --disable-background-networking --disable-component-update --disable-sync --hide-scrollbars
