@@ -25,11 +25,12 @@ import plotly.io as pio
 import yaml
 
 # %% auto #0
-__all__ = ['FIGURE', 'RAW', 'PHOTO_STYLE', 'CHROMIUM_FLAGS', 'require', 'figure_title', 'figure_html', 'PlotlyFigures',
-           'put_plotly_js', 'SourceOnce', 'without_signature', 'cell_options', 'fenced', 'output_markdown',
-           'cell_markdown', 'notebook_markdown', 'page_name', 'page_link', 'sidebar_pages', 'sidebar_html', 'render',
-           'process_notebooks', 'front_matter', 'around_html', 'Book', 'read_book', 'copy_assets', 'build_preview',
-           'PageLinks', 'dead_links', 'find_chromium', 'figure_png', 'PictureFigures', 'readme', 'write_readme', 'main']
+__all__ = ['FIGURE_CONFIG', 'FIGURE', 'RAW', 'PHOTO_STYLE', 'CHROMIUM_FLAGS', 'require', 'figure_title', 'figure_html',
+           'PlotlyFigures', 'put_plotly_js', 'SourceOnce', 'without_signature', 'cell_options', 'fenced',
+           'output_markdown', 'cell_markdown', 'notebook_markdown', 'page_name', 'page_link', 'sidebar_pages',
+           'sidebar_html', 'render', 'process_notebooks', 'front_matter', 'around_html', 'Book', 'read_book',
+           'copy_assets', 'build_preview', 'PageLinks', 'dead_links', 'find_chromium', 'figure_png', 'PictureFigures',
+           'readme', 'write_readme', 'main']
 
 # %% ../../nbs/app/02_pages.ipynb #cd76698d
 def require(module: str):
@@ -48,6 +49,15 @@ def figure_title(figure: dict) -> tuple[str, str]:
     if isinstance(title, str):
         return title, ""
     return title.get("text") or "", (title.get("subtitle") or {}).get("text") or ""
+
+# %% ../../nbs/app/02_pages.ipynb #aab16e56
+# Plotly 7 offers every reader to upload the chart to its makers' server unless told not to.
+FIGURE_CONFIG = {
+    "responsive": True,
+    "displaylogo": False,
+    "showSendToCloud": False,
+    "modeBarButtonsToRemove": ["lasso2d", "select2d"],
+}
 
 # %% ../../nbs/app/02_pages.ipynb #b692b78e
 def figure_html(figure: dict, div_id: str, plotly_js: str | bool) -> str:
@@ -69,7 +79,7 @@ def figure_html(figure: dict, div_id: str, plotly_js: str | bool) -> str:
         validate=False,
         default_width="100%",
         default_height=f"{layout.get('height', 400)}px",
-        config={"responsive": True, "displaylogo": False},
+        config=FIGURE_CONFIG,
     )
     small = f"<small>{subtitle}</small>" if subtitle else ""
     caption = f"<figcaption>{title}{small}</figcaption>" if title else ""
