@@ -14,51 +14,83 @@ from ..core.run import GROKKED, MEMORISED, grok_epoch, memorised_epoch
 
 # %% ../../nbs/analysis/01_plots.ipynb #cd8941cc
 PALETTE = ("#2487c9", "#e06a1b", "#0f9f77", "#c4679b", "#d39a00", "#4bacd8", "#8a7fd0", "#8c8c8c")
-COLORS = {"train": "#2487c9", "test": "#e06a1b", "weights": "#0f9f77", "lr": "#d39a00", "gradient": "#c4679b", "mark": "#8c8c8c"}
+COLORS = {
+    "train": "#2487c9",
+    "test": "#e06a1b",
+    "weights": "#0f9f77",
+    "lr": "#d39a00",
+    "gradient": "#c4679b",
+    "mark": "#8c8c8c",
+}
 
 # %% ../../nbs/analysis/01_plots.ipynb #71bb2191
-_AXIS = dict(gridcolor="rgba(128,128,128,0.22)", zeroline=False, linecolor="rgba(128,128,128,0.6)", ticks="outside", tickcolor="rgba(128,128,128,0.6)",
-             automargin=True, title=dict(standoff=8))
-TEMPLATE = go.layout.Template(layout=dict(
-    paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=list(PALETTE),
-    font=dict(family="system-ui, sans-serif", size=13, color="#808890"), title=dict(x=0, xref="container", xanchor="left", pad=dict(l=8), font=dict(size=15)),
-    xaxis=_AXIS, yaxis=_AXIS, margin=dict(l=8, r=8, t=56, b=8), hovermode="closest",
-    legend=dict(orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right", bgcolor="rgba(0,0,0,0)")))
+_AXIS = dict(
+    gridcolor="rgba(128,128,128,0.22)",
+    zeroline=False,
+    linecolor="rgba(128,128,128,0.6)",
+    ticks="outside",
+    tickcolor="rgba(128,128,128,0.6)",
+    automargin=True,
+    title=dict(standoff=8),
+)
+TEMPLATE = go.layout.Template(
+    layout=dict(
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        colorway=list(PALETTE),
+        font=dict(family="system-ui, sans-serif", size=13, color="#808890"),
+        title=dict(x=0, xref="container", xanchor="left", pad=dict(l=8), font=dict(size=15)),
+        xaxis=_AXIS,
+        yaxis=_AXIS,
+        margin=dict(l=8, r=8, t=56, b=8),
+        hovermode="closest",
+        legend=dict(
+            orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right", bgcolor="rgba(0,0,0,0)"
+        ),
+    )
+)
 
 # %% ../../nbs/analysis/01_plots.ipynb #b66f72ae
 def figure(
-    title: str,                           # the finding, in words
+    title: str,  # the finding, in words
     rows: int = 1,
     columns: int = 1,
-    subtitles: list[str] | None = None,   # one for each panel
-    height: int = 380,                    # pixels
-    **layout,                             # to `make_subplots`, for instance `shared_xaxes=True`
+    subtitles: list[str] | None = None,  # one for each panel
+    height: int = 380,  # pixels
+    **layout,  # to `make_subplots`, for instance `shared_xaxes=True`
 ) -> go.Figure:
     "An empty figure in the house style; the width is that of the page."
     fig = make_subplots(rows=rows, cols=columns, subplot_titles=subtitles, **layout)
     fig.update_layout(template=TEMPLATE, title_text=wrap(title), height=height)
     fig.update_annotations(font_size=13)
-    if rows * columns > 1: fig.update_layout(margin_t=80 + 18 * wrap(title).count("<br>"))
+    if rows * columns > 1:
+        fig.update_layout(margin_t=80 + 18 * wrap(title).count("<br>"))
     return fig
 
+# %% ../../nbs/analysis/01_plots.ipynb #903971a2
 def wrap(text: str, width: int = 42) -> str:
     "Break a title into lines that fit a narrow page."
     lines, line = [], ""
     for word in text.split():
-        if line and len(line) + 1 + len(word) > width: lines, line = lines + [line], word
-        else: line = f"{line} {word}".strip()
+        if line and len(line) + 1 + len(word) > width:
+            lines, line = lines + [line], word
+        else:
+            line = f"{line} {word}".strip()
     return "<br>".join(lines + [line])
 
 # %% ../../nbs/analysis/01_plots.ipynb #5607dfc6
 def thin(
-    values,        # `[N]`
+    values,  # `[N]`
     n: int = 800,  # points to keep, about
-) -> np.ndarray:   # sorted indices into `values`, first and last included
+) -> np.ndarray:  # sorted indices into `values`, first and last included
     "Indices of the points worth drawing: minimum and maximum of each stretch."
     values = np.asarray(values, dtype=float)
-    if len(values) <= n: return np.arange(len(values))
+    if len(values) <= n:
+        return np.arange(len(values))
     stretches = np.array_split(np.arange(len(values)), n // 2)
-    kept = [stretch[pick(values[stretch])] for stretch in stretches for pick in (np.argmin, np.argmax)]
+    kept = [
+        stretch[pick(values[stretch])] for stretch in stretches for pick in (np.argmin, np.argmax)
+    ]
     return np.unique([0, *kept, len(values) - 1])
 
 # %% ../../nbs/analysis/01_plots.ipynb #71371ca1
@@ -66,48 +98,104 @@ def finding(runs) -> str:
     "What these runs show about memorising and generalising, in one sentence."
     stages = [(memorised_epoch(r.history), grok_epoch(r.history)) for r in runs]
     both = [(m, g) for m, g in stages if m is not None and g is not None]
-    what = "the run" if len(runs) == 1 else f"all {len(runs)} runs" if len(both) == len(runs) else f"{len(both)} of {len(runs)} runs"
+    what = (
+        "the run"
+        if len(runs) == 1
+        else f"all {len(runs)} runs"
+        if len(both) == len(runs)
+        else f"{len(both)} of {len(runs)} runs"
+    )
     if both:
         m, g = (np.median([pair[k] for pair in both]) for k in (0, 1))
         middle = "" if len(both) == 1 else " (medians)"
-        if g <= m: return f"{what} generalised at epoch {g:,.0f}, no later than memorising{middle}".capitalize()
-        return f"{what} memorised at epoch {m:,.0f} and generalised at {g:,.0f}{middle}".capitalize()
-    if any(m is not None for m, _ in stages): return f"{'The run' if len(runs) == 1 else 'Runs'} memorised, and did not generalise"
+        if g <= m:
+            return f"{what} generalised at epoch {g:,.0f}, no later than memorising{middle}".capitalize()
+        return (
+            f"{what} memorised at epoch {m:,.0f} and generalised at {g:,.0f}{middle}".capitalize()
+        )
+    if any(m is not None for m, _ in stages):
+        return f"{'The run' if len(runs) == 1 else 'Runs'} memorised, and did not generalise"
     return f"{'The run' if len(runs) == 1 else 'No run'} {'did not memorise' if len(runs) == 1 else 'memorised'}"
 
 # %% ../../nbs/analysis/01_plots.ipynb #74dec8ea
 def training_curves(
-    runs,                      # a run, or a list of runs: anything with `name` and `history`
+    runs,  # a run, or a list of runs: anything with `name` and `history`
     title: str | None = None,  # computed from the runs when not given
     log_epochs: bool = False,  # logarithmic epoch axis
     height: int = 560,
 ) -> go.Figure:
     "Accuracy above, loss below, over epochs; training blue, test orange; memorised and grokked marked."
     runs = list(runs) if isinstance(runs, (list, tuple)) else [runs]
-    fig = figure(finding(runs) if title is None else title, rows=2, height=height, shared_xaxes=True, vertical_spacing=0.06)
+    fig = figure(
+        finding(runs) if title is None else title,
+        rows=2,
+        height=height,
+        shared_xaxes=True,
+        vertical_spacing=0.06,
+    )
     for number, run in enumerate(runs):
         for part in ("train", "test"):
-            for row, quantity in ((1, "acc"), (2, "loss")): fig.add_trace(_curve(run, part, quantity, log_epochs, legend=number == 0 and row == 1), row=row, col=1)
-        for part, epoch in (("train", memorised_epoch(run.history)), ("test", grok_epoch(run.history))):
-            if epoch is not None: fig.add_trace(_dot(run, part, epoch), row=1, col=1)
+            for row, quantity in ((1, "acc"), (2, "loss")):
+                fig.add_trace(
+                    _curve(run, part, quantity, log_epochs, legend=number == 0 and row == 1),
+                    row=row,
+                    col=1,
+                )
+        for part, epoch in (
+            ("train", memorised_epoch(run.history)),
+            ("test", grok_epoch(run.history)),
+        ):
+            if epoch is not None:
+                fig.add_trace(_dot(run, part, epoch), row=1, col=1)
     for part, level in (("train", MEMORISED), ("test", GROKKED)):
-        fig.add_hline(y=level, line=dict(color=COLORS[part], width=1, dash="dot"), row=1, col=1,
-                      annotation=dict(text=f"{level:.0%} {part}", font=dict(size=11, color=COLORS[part]), xanchor="right", x=1, y=1.0 if part == "train" else level - 0.01, yanchor="bottom" if part == "train" else "top"))
+        fig.add_hline(
+            y=level,
+            line=dict(color=COLORS[part], width=1, dash="dot"),
+            row=1,
+            col=1,
+            annotation=dict(
+                text=f"{level:.0%} {part}",
+                font=dict(size=11, color=COLORS[part]),
+                xanchor="right",
+                x=1,
+                y=1.0 if part == "train" else level - 0.01,
+                yanchor="bottom" if part == "train" else "top",
+            ),
+        )
     fig.update_xaxes(title="epoch", row=2, col=1)
-    if log_epochs: fig.update_xaxes(type="log")
+    if log_epochs:
+        fig.update_xaxes(type="log")
     fig.update_yaxes(title="accuracy", tickformat=".0%", range=[-0.02, 1.08], row=1, col=1)
-    return fig.update_yaxes(title="loss (nats)", type="log", dtick=1, exponentformat="power", row=2, col=1)
+    return fig.update_yaxes(
+        title="loss (nats)", type="log", dtick=1, exponentformat="power", row=2, col=1
+    )
 
 # %% ../../nbs/analysis/01_plots.ipynb #77b770e5
 def _curve(run, part: str, quantity: str, log_epochs: bool, legend: bool) -> go.Scatter:
     h = run.history[run.history.epoch > 0] if log_epochs else run.history
     h = h.iloc[thin(h[f"{part}_{quantity}"])]
     value = "%{y:.1%}" if quantity == "acc" else "%{y:.2e}"
-    return go.Scatter(x=h.epoch.to_numpy("float32"), y=h[f"{part}_{quantity}"].to_numpy("float32"), mode="lines", name=part, legendgroup=part, showlegend=legend,
-                      line=dict(color=COLORS[part], width=1.6), hovertemplate=f"{run.name}<br>epoch %{{x}}: {part} {value}<extra></extra>")
+    return go.Scatter(
+        x=h.epoch.to_numpy("float32"),
+        y=h[f"{part}_{quantity}"].to_numpy("float32"),
+        mode="lines",
+        name=part,
+        legendgroup=part,
+        showlegend=legend,
+        line=dict(color=COLORS[part], width=1.6),
+        hovertemplate=f"{run.name}<br>epoch %{{x}}: {part} {value}<extra></extra>",
+    )
+
 
 def _dot(run, part: str, epoch: int) -> go.Scatter:
     y = run.history.loc[run.history.epoch == epoch, f"{part}_acc"].to_numpy("float32")
     word = "memorised" if part == "train" else "grokked"
-    return go.Scatter(x=np.array([epoch], dtype="float32"), y=y, mode="markers", showlegend=False, legendgroup=part,
-                      marker=dict(color=COLORS[part], size=9, line=dict(color="white", width=1)), hovertemplate=f"{run.name}<br>{word} at epoch {epoch}<extra></extra>")
+    return go.Scatter(
+        x=np.array([epoch], dtype="float32"),
+        y=y,
+        mode="markers",
+        showlegend=False,
+        legendgroup=part,
+        marker=dict(color=COLORS[part], size=9, line=dict(color="white", width=1)),
+        hovertemplate=f"{run.name}<br>{word} at epoch {epoch}<extra></extra>",
+    )

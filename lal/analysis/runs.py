@@ -16,43 +16,82 @@ from ..core.run import RunFolder, checkpoints, grok_epoch, load_checkpoint, memo
 class RunError(ValueError):
     "A folder that is not a readable run; the message names it and says why."
 
+# %% ../../nbs/analysis/02_runs.ipynb #bdb905e6
 class Run:
     "A run folder, read: `config`, `environment`, `summary` (dicts) and `history` (a DataFrame)."
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_dir(): raise RunError(f"{self.path}: there is no such folder")
-        if not (self.path / "config.yaml").is_file(): raise RunError(f"{self.path}: not a run folder (it has no config.yaml)")
+        if not self.path.is_dir():
+            raise RunError(f"{self.path}: there is no such folder")
+        if not (self.path / "config.yaml").is_file():
+            raise RunError(f"{self.path}: not a run folder (it has no config.yaml)")
         folder = RunFolder(self.path)
         try:
             self.config = flat_config(yaml.safe_load((self.path / "config.yaml").read_text()))
-            self.environment, self.summary, self.history = folder.environment, folder.summary, folder.history
-        except Exception as error: raise RunError(f"{self.path}: damaged ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+            self.environment, self.summary, self.history = (
+                folder.environment,
+                folder.summary,
+                folder.history,
+            )
+        except Exception as error:
+            raise RunError(
+                f"{self.path}: damaged ({type(error).__name__}: {str(error).splitlines()[0]})"
+            ) from None
 
     @property
-    def name(self) -> str: return self.path.name
+    def name(self) -> str:
+        return self.path.name
+
     @property
-    def max_epoch(self) -> int: return int(self.history.epoch.max()) if len(self.history) else 0
+    def max_epoch(self) -> int:
+        return int(self.history.epoch.max()) if len(self.history) else 0
+
     @property
-    def memorised_epoch(self) -> int | None: return memorised_epoch(self.history) if len(self.history) else None
+    def memorised_epoch(self) -> int | None:
+        return memorised_epoch(self.history) if len(self.history) else None
+
     @property
-    def grok_epoch(self) -> int | None: return grok_epoch(self.history) if len(self.history) else None
+    def grok_epoch(self) -> int | None:
+        return grok_epoch(self.history) if len(self.history) else None
+
     @property
-    def has_grokked(self) -> bool: return self.grok_epoch is not None
+    def has_grokked(self) -> bool:
+        return self.grok_epoch is not None
+
     @property
     def epochs_saved(self) -> list[int]:
         "Epochs of the numbered checkpoints."
         return [int(f.stem) for f in checkpoints(self.path)]
+
     def checkpoint(self, epoch: int | str) -> dict:
         "The checkpoint of an epoch, or `'best'`, on the CPU."
         file = self.path / "checkpoints" / f"{epoch}.pt"
-        if not file.exists(): raise RunError(f"{self.path}: no checkpoint {epoch}; there are {', '.join(map(str, self.epochs_saved)) or 'none'}{', best' if (file.parent / 'best.pt').exists() else ''}")
+        if not file.exists():
+            raise RunError(
+                f"{self.path}: no checkpoint {epoch}; there are {', '.join(map(str, self.epochs_saved)) or 'none'}{', best' if (file.parent / 'best.pt').exists() else ''}"
+            )
         return load_checkpoint(file)
-    def __repr__(self): return f"Run({self.name}: {self.summary['status']}, {self.max_epoch} epochs, {_stages(self)})"
+
+    def __repr__(self):
+        return (
+            f"Run({self.name}: {self.summary['status']}, {self.max_epoch} epochs, {_stages(self)})"
+        )
+
     def _repr_html_(self):
-        rows = {"status": self.summary["status"], "epochs": f"{self.max_epoch:,}", "stages": _stages(self),
-                "task": f"{self.config.get('operation')} mod {self.config.get('p')}", "model": f"{self.config.get('model_type')}, width {self.config.get('hidden_dim')}",
-                "ran on": f"{self.environment.get('device_name')}, torch {self.environment.get('versions', {}).get('torch')}"}
-        return f"<table><caption><b>{escape(self.name)}</b></caption>" + "".join(f"<tr><th>{k}</th><td>{escape(str(v))}</td></tr>" for k, v in rows.items()) + "</table>"
+        rows = {
+            "status": self.summary["status"],
+            "epochs": f"{self.max_epoch:,}",
+            "stages": _stages(self),
+            "task": f"{self.config.get('operation')} mod {self.config.get('p')}",
+            "model": f"{self.config.get('model_type')}, width {self.config.get('hidden_dim')}",
+            "ran on": f"{self.environment.get('device_name')}, torch {self.environment.get('versions', {}).get('torch')}",
+        }
+        return (
+            f"<table><caption><b>{escape(self.name)}</b></caption>"
+            + "".join(f"<tr><th>{k}</th><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
+            + "</table>"
+        )
 
 # %% ../../nbs/analysis/02_runs.ipynb #b54d6a54
 def flat_config(values: dict) -> dict:
@@ -60,13 +99,14 @@ def flat_config(values: dict) -> dict:
     section = values.get(values.get("experiment"), {})
     return {k: v for k, v in values.items() if k != values.get("experiment")} | section
 
+
 def _stages(run: Run) -> str:
     memorised, grokked = run.memorised_epoch, run.grok_epoch
     return f"{'not memorised' if memorised is None else f'memorised at {memorised:,}'}, {'not grokked' if grokked is None else f'grokked at {grokked:,}'}"
 
 # %% ../../nbs/analysis/02_runs.ipynb #3dd3e126
 def load_run(
-    name: str | Path,           # a path, or the name of a run under `root`
+    name: str | Path,  # a path, or the name of a run under `root`
     root: str | Path = "runs",
 ) -> Run:
     "Open a run. Raises `RunError` when it is absent, foreign or damaged."
@@ -79,17 +119,49 @@ def list_runs(
 ) -> list[Run]:
     "All runs directly under `root`, by name. Folders without a `config.yaml` are not runs and are passed over."
     runs = []
-    for path in sorted(p for p in Path(root).iterdir() if (p / "config.yaml").is_file()) if Path(root).is_dir() else []:
-        try: runs.append(Run(path))
+    for path in (
+        sorted(p for p in Path(root).iterdir() if (p / "config.yaml").is_file())
+        if Path(root).is_dir()
+        else []
+    ):
+        try:
+            runs.append(Run(path))
         except RunError as error:
-            if errors == "raise": raise
+            if errors == "raise":
+                raise
             print(f"skipped {error}")
     return runs
 
+# %% ../../nbs/analysis/02_runs.ipynb #2c4bfed5
 def runs_table(runs: list[Run]) -> pd.DataFrame:
     "One row a run: name, status, task, epochs, stages and accuracies."
-    columns = ["run", "status", "task", "model", "seed", "epochs", "memorised", "grokked", "train_acc", "test_acc"]
-    return pd.DataFrame([{"run": r.name, "status": r.summary["status"], "task": f"{r.config['operation']} mod {r.config['p']}", "model": r.config["model_type"], "seed": r.config["seed"],
-                          "epochs": r.max_epoch, "memorised": r.memorised_epoch, "grokked": r.grok_epoch,
-                          "train_acc": r.history.train_acc.iloc[-1] if len(r.history) else None, "test_acc": r.history.test_acc.iloc[-1] if len(r.history) else None} for r in runs],
-                        columns=columns).astype({"memorised": "Int64", "grokked": "Int64"})
+    columns = [
+        "run",
+        "status",
+        "task",
+        "model",
+        "seed",
+        "epochs",
+        "memorised",
+        "grokked",
+        "train_acc",
+        "test_acc",
+    ]
+    return pd.DataFrame(
+        [
+            {
+                "run": r.name,
+                "status": r.summary["status"],
+                "task": f"{r.config['operation']} mod {r.config['p']}",
+                "model": r.config["model_type"],
+                "seed": r.config["seed"],
+                "epochs": r.max_epoch,
+                "memorised": r.memorised_epoch,
+                "grokked": r.grok_epoch,
+                "train_acc": r.history.train_acc.iloc[-1] if len(r.history) else None,
+                "test_acc": r.history.test_acc.iloc[-1] if len(r.history) else None,
+            }
+            for r in runs
+        ],
+        columns=columns,
+    ).astype({"memorised": "Int64", "grokked": "Int64"})

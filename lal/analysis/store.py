@@ -15,7 +15,12 @@ from .runs import RunError, Run
 def run_row(run: Run) -> dict:
     "Configuration and summary of a run as one flat row; for a run without a summary, what its history says."
     summary = dict(run.summary)
-    if summary["status"] == "running": summary |= {"epochs": run.max_epoch, "memorised_epoch": run.memorised_epoch, "grok_epoch": run.grok_epoch}
+    if summary["status"] == "running":
+        summary |= {
+            "epochs": run.max_epoch,
+            "memorised_epoch": run.memorised_epoch,
+            "grok_epoch": run.grok_epoch,
+        }
     config = {k: v for k, v in run.config.items() if k not in ("name", "epochs", "seeds")}
     return {"run": run.name, **config, "max_epochs": run.config.get("epochs"), **summary}
 
@@ -23,11 +28,14 @@ def run_row(run: Run) -> dict:
 class QueryError(ValueError):
     "A query that is not a single SELECT, or that DuckDB refuses; the message says why."
 
+# %% ../../nbs/analysis/03_store.ipynb #8b915894
 class RunStore:
     "Read-only SQL over all runs below `root`: views `runs` and `history`."
+
     def __init__(self, root: str | Path = "runs"):
         self.root, self._rows = Path(root), {}
-        if not self.root.is_dir(): raise RunError(f"{self.root}: there is no such folder")
+        if not self.root.is_dir():
+            raise RunError(f"{self.root}: there is no such folder")
 
     def query(self, sql: str, params: list | dict | None = None) -> pd.DataFrame:
         "The answer to one SELECT as a DataFrame. `params` fill `?` or `$name`. Raises `QueryError`."
@@ -35,16 +43,30 @@ class RunStore:
             self._views(db)
             try:
                 statements = db.extract_statements(sql)
-                if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT: raise QueryError("the store answers one SELECT and nothing else")
+                if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+                    raise QueryError("the store answers one SELECT and nothing else")
                 return db.execute(sql, params or []).df()
-            except duckdb.Error as error: raise QueryError(str(error).splitlines()[0]) from None
+            except duckdb.Error as error:
+                raise QueryError(str(error).splitlines()[0]) from None
 
     def _views(self, db) -> None:
         rows = pd.DataFrame(self._read())
-        db.execute("CREATE TABLE runs AS SELECT * FROM rows" if len(rows) else "CREATE TABLE runs (run VARCHAR, status VARCHAR, p BIGINT, grok_epoch BIGINT)")
-        files = [str(f) for f in sorted(self.root.glob("*/history.parquet")) if f.parent in self._rows]
-        if files: db.read_parquet(files, filename=True, union_by_name=True).project("parse_filename(parse_dirpath(filename)) AS run, * EXCLUDE (filename)").create_view("history")
-        else: db.execute("CREATE TABLE history (run VARCHAR, epoch BIGINT, step BIGINT, train_acc DOUBLE, test_acc DOUBLE)")
+        db.execute(
+            "CREATE TABLE runs AS SELECT * FROM rows"
+            if len(rows)
+            else "CREATE TABLE runs (run VARCHAR, status VARCHAR, p BIGINT, grok_epoch BIGINT)"
+        )
+        files = [
+            str(f) for f in sorted(self.root.glob("*/history.parquet")) if f.parent in self._rows
+        ]
+        if files:
+            db.read_parquet(files, filename=True, union_by_name=True).project(
+                "parse_filename(parse_dirpath(filename)) AS run, * EXCLUDE (filename)"
+            ).create_view("history")
+        else:
+            db.execute(
+                "CREATE TABLE history (run VARCHAR, epoch BIGINT, step BIGINT, train_acc DOUBLE, test_acc DOUBLE)"
+            )
         db.execute("SET allowed_directories = $root", {"root": [str(self.root)]})
         db.execute("SET enable_external_access = false")
         db.execute("SET lock_configuration = true")
@@ -53,10 +75,16 @@ class RunStore:
         "One row for each readable run; unchanged runs are not read again."
         seen = {}
         for path in sorted(p.parent for p in self.root.glob("*/config.yaml")):
-            stamp = tuple((f.stat().st_mtime_ns if (f := path / name).exists() else 0) for name in ("config.yaml", "summary.json", "history.parquet"))
-            if self._rows.get(path, (None,))[0] == stamp: seen[path] = self._rows[path]
+            stamp = tuple(
+                (f.stat().st_mtime_ns if (f := path / name).exists() else 0)
+                for name in ("config.yaml", "summary.json", "history.parquet")
+            )
+            if self._rows.get(path, (None,))[0] == stamp:
+                seen[path] = self._rows[path]
             else:
-                try: seen[path] = stamp, run_row(Run(path))
-                except RunError as error: print(f"skipped {error}")
+                try:
+                    seen[path] = stamp, run_row(Run(path))
+                except RunError as error:
+                    print(f"skipped {error}")
         self._rows = seen
         return [row for _, row in seen.values()]

@@ -19,108 +19,236 @@ from rich.table import Table
 from ..analysis.report import write_report
 from ..analysis.runs import RunError, list_runs, load_run, runs_table
 from ..analysis.store import QueryError, RunStore
-from ..core.config import Config, ConfigError, find_config, keys_table, load_config, one_per_seed, parse_set, shipped_configs, with_values
+from lal.core.config import (
+    Config,
+    ConfigError,
+    find_config,
+    keys_table,
+    load_config,
+    one_per_seed,
+    parse_set,
+    shipped_configs,
+    with_values,
+)
 from ..core.device import available_devices, device_name, environment, resolve_device
 from ..core.run import RunFolder
 from ..core.trainer import NonFiniteLoss, Trainer
 
 # %% ../../nbs/app/01_cli.ipynb #03131720
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Train small networks, and see how they learn.\n\nStart with `lal train quickstart`: three runs that memorise and then grok, in under a minute, and a page to look at.")
-WIDE = None if sys.stdout.isatty() else 10_000  # a terminal's tables fold to its width; in a pipe each row is one line
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train small networks, and see how they learn.\n\nStart with `lal train quickstart`: three runs that memorise and then grok, in under a minute, and a page to look at.",
+)
+WIDE = (
+    None if sys.stdout.isatty() else 10_000
+)  # a terminal's tables fold to its width; in a pipe each row is one line
 out, err = Console(soft_wrap=True, width=WIDE), Console(stderr=True, soft_wrap=True)
+
 
 @contextmanager
 def exit_codes():
     "Turn the errors users can cause into one line and an exit code."
-    try: yield
-    except (ConfigError, RunError, QueryError) as error: code, message = 2, error
-    except (NonFiniteLoss, OSError) as error: code, message = 1, error
-    else: return
+    try:
+        yield
+    except (ConfigError, RunError, QueryError) as error:
+        code, message = 2, error
+    except (NonFiniteLoss, OSError) as error:
+        code, message = 1, error
+    else:
+        return
     err.print(f"lal: {message}", markup=False, highlight=False)
     raise typer.Exit(code)
 
 # %% ../../nbs/app/01_cli.ipynb #55f18044
 @app.command()
 def train(
-    config: Annotated[Optional[str], typer.Argument(metavar="CONFIG", help="A shipped name (see `lal configs`) or the path of a YAML file.")] = None,
-    config_file: Annotated[Optional[str], typer.Option("--config", metavar="FILE", help="The same, as an option.")] = None,
-    changes: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be given many times.")] = None,
+    config: Annotated[
+        Optional[str],
+        typer.Argument(
+            metavar="CONFIG", help="A shipped name (see `lal configs`) or the path of a YAML file."
+        ),
+    ] = None,
+    config_file: Annotated[
+        Optional[str], typer.Option("--config", metavar="FILE", help="The same, as an option.")
+    ] = None,
+    changes: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be given many times."),
+    ] = None,
     name: Annotated[Optional[str], typer.Option(help="Name of the run and its folder.")] = None,
     root: Annotated[Path, typer.Option(help="Where run folders live.")] = Path("runs"),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run from its newest checkpoint.")] = False,
-    extra_epochs: Annotated[int, typer.Option(min=0, metavar="N", help="Train a finished run for N epochs more.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace runs of the same name.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a stopped run from its newest checkpoint.")
+    ] = False,
+    extra_epochs: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Train a finished run for N epochs more.")
+    ] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace runs of the same name.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No bar, no log lines.")] = False,
 ):
     "Train a configuration, and write run folders and a page that shows what happened."
     with exit_codes():
-        if (config is None) == (config_file is None): raise ConfigError("name one configuration: `lal train quickstart`, or `lal train --config my.yaml` (`lal configs` lists what ships)")
-        if overwrite and (resume or extra_epochs): raise ConfigError("--overwrite starts anew and --resume continues; give one of them")
+        if (config is None) == (config_file is None):
+            raise ConfigError(
+                "name one configuration: `lal train quickstart`, or `lal train --config my.yaml` (`lal configs` lists what ships)"
+            )
+        if overwrite and (resume or extra_epochs):
+            raise ConfigError("--overwrite starts anew and --resume continues; give one of them")
         changes = [*(changes or []), *([f"name={name}"] if name else [])]
         whole = load_config(config or config_file, tuple(changes))
         check_device(whole, str(find_config(config or config_file)))
-        trainers = plan(whole, root, changes, resume, extra_epochs, overwrite, None if not quiet else False)
-        for trainer, how in trainers: carry_out(trainer, how, resume_command(sys.argv[1:]))
-        page = write_report([load_run(c.name, root) for c in one_per_seed(whole)], root / f"{whole.name}.html")
-        out.print(f"\nOpen the result:  {sys.executable if ' ' not in sys.executable else 'python3'} -m webbrowser {page.resolve().as_uri()}", highlight=False, markup=False)
+        trainers = plan(
+            whole, root, changes, resume, extra_epochs, overwrite, None if not quiet else False
+        )
+        for trainer, how in trainers:
+            carry_out(trainer, how, resume_command(sys.argv[1:]))
+        page = write_report(
+            [load_run(c.name, root) for c in one_per_seed(whole)], root / f"{whole.name}.html"
+        )
+        out.print(
+            f"\nOpen the result:  {sys.executable if ' ' not in sys.executable else 'python3'} -m webbrowser {page.resolve().as_uri()}",
+            highlight=False,
+            markup=False,
+        )
 
 # %% ../../nbs/app/01_cli.ipynb #81d279f3
 def check_device(config: Config, source: str) -> None:
     "`ConfigError` when the configuration asks for a device that is not here."
-    try: resolve_device(config.device)
-    except ValueError as error: raise ConfigError(str(error), "device", config.device, source) from None
+    try:
+        resolve_device(config.device)
+    except ValueError as error:
+        raise ConfigError(str(error), "device", config.device, source) from None
 
 # %% ../../nbs/app/01_cli.ipynb #9c7772f0
-def plan(whole: Config, root: Path, changes: list[str], resume: bool, extra_epochs: int, overwrite: bool, progress: bool | None) -> list[tuple[Trainer, dict]]:
+def plan(
+    whole: Config,
+    root: Path,
+    changes: list[str],
+    resume: bool,
+    extra_epochs: int,
+    overwrite: bool,
+    progress: bool | None,
+) -> list[tuple[Trainer, dict]]:
     "For each seed: its trainer and the arguments of `fit`. Finished runs are left out with a line that says so."
     configs, plans, going_on = one_per_seed(whole), [], resume or extra_epochs > 0
     there = [c for c in configs if (root / c.name).exists()]
-    if going_on and not there: raise ConfigError("there is no run to continue", source=str(root / configs[0].name))
+    if going_on and not there:
+        raise ConfigError("there is no run to continue", source=str(root / configs[0].name))
     if there and not going_on and not overwrite:
-        raise ConfigError("exists already: --resume continues it, --overwrite replaces it, --name NAME makes another", source=str(root / there[0].name))
+        raise ConfigError(
+            "exists already: --resume continues it, --overwrite replaces it, --name NAME makes another",
+            source=str(root / there[0].name),
+        )
     for c in configs:
-        if not going_on or c not in there: plans.append((Trainer(c, root, overwrite, progress), {}))
-        elif load_run(c.name, root).summary["status"] == "finished" and not extra_epochs: out.print(f"{c.name}: finished already (--extra-epochs N goes on)", highlight=False)
-        else: plans.append((Trainer(_as_begun(c, root, changes), root, progress=progress), {"resume": resume, "extra_epochs": extra_epochs}))
+        if not going_on or c not in there:
+            plans.append((Trainer(c, root, overwrite, progress), {}))
+        elif load_run(c.name, root).summary["status"] == "finished" and not extra_epochs:
+            out.print(f"{c.name}: finished already (--extra-epochs N goes on)", highlight=False)
+        else:
+            plans.append(
+                (
+                    Trainer(_as_begun(c, root, changes), root, progress=progress),
+                    {"resume": resume, "extra_epochs": extra_epochs},
+                )
+            )
     return plans
+
 
 def _as_begun(config: Config, root: Path, changes: list[str]) -> Config:
     theirs = RunFolder(root / config.name).config
     for key in {parse_set(c)[0] for c in changes} - {"name", "seeds", "device", config.experiment}:
-        if getattr(theirs, key) != getattr(config, key): raise ConfigError(f"the run in {root / config.name} has {key} = {getattr(theirs, key)}; a resumed run goes on as it began", key, getattr(config, key), "--set")
+        if getattr(theirs, key) != getattr(config, key):
+            raise ConfigError(
+                f"the run in {root / config.name} has {key} = {getattr(theirs, key)}; a resumed run goes on as it began",
+                key,
+                getattr(config, key),
+                "--set",
+            )
     return with_values(theirs, device=config.device)
 
 # %% ../../nbs/app/01_cli.ipynb #cd232327
 def carry_out(trainer: Trainer, how: dict, resume_line: str) -> None:
     "Train one run and say in a line how it went; exits with 130 when interrupted."
     config = trainer.config
-    err.print(f"{config.name}: {config.operation} mod {config.p}, {config.model_type}, seed {config.seed}, on {device_name(trainer.device)}", highlight=False, markup=False)
-    try: folder = trainer.fit(**how)
+    err.print(
+        f"{config.name}: {config.operation} mod {config.p}, {config.model_type}, seed {config.seed}, on {device_name(trainer.device)}",
+        highlight=False,
+        markup=False,
+    )
+    try:
+        folder = trainer.fit(**how)
     except KeyboardInterrupt:
-        err.print(f"lal: {config.name} was interrupted after epoch {trainer.state.epoch}. Continue with:  {resume_line}", highlight=False, markup=False)
+        err.print(
+            f"lal: {config.name} was interrupted after epoch {trainer.state.epoch}. Continue with:  {resume_line}",
+            highlight=False,
+            markup=False,
+        )
         raise typer.Exit(130)
     run = load_run(folder.path)
     word = lambda epoch, done: f"{done} at epoch {epoch:,}" if epoch is not None else f"not {done}"
-    out.print(f"{run.name}: {word(run.memorised_epoch, 'memorised')}, {word(run.grok_epoch, 'grokked')}; last test accuracy {run.history.test_acc.iloc[-1]:.1%}; "
-              f"{run.max_epoch:,} epochs in {run.summary['seconds']:.1f} s", highlight=False, markup=False)
+    out.print(
+        f"{run.name}: {word(run.memorised_epoch, 'memorised')}, {word(run.grok_epoch, 'grokked')}; last test accuracy {run.history.test_acc.iloc[-1]:.1%}; "
+        f"{run.max_epoch:,} epochs in {run.summary['seconds']:.1f} s",
+        highlight=False,
+        markup=False,
+    )
 
+# %% ../../nbs/app/01_cli.ipynb #f18df373
 def resume_command(words: list[str]) -> str:
     "The command that continues what these words began."
-    if "--extra-epochs" in words: words = words[:(at := words.index("--extra-epochs"))] + words[at + 2:]
-    return shlex.join(["lal", *(w for w in words if w not in ("--overwrite", "--resume") and not w.startswith("--extra-epochs=")), "--resume"])
+    if "--extra-epochs" in words:
+        words = words[: (at := words.index("--extra-epochs"))] + words[at + 2 :]
+    return shlex.join(
+        [
+            "lal",
+            *(
+                w
+                for w in words
+                if w not in ("--overwrite", "--resume") and not w.startswith("--extra-epochs=")
+            ),
+            "--resume",
+        ]
+    )
 
 # %% ../../nbs/app/01_cli.ipynb #15fec257
-configs = typer.Typer(invoke_without_command=True, help="Configurations that ship, and every key.", rich_markup_mode="markdown")
+configs = typer.Typer(
+    invoke_without_command=True,
+    help="Configurations that ship, and every key.",
+    rich_markup_mode="markdown",
+)
 app.add_typer(configs, name="configs")
 
-@configs.callback()
-def list_configs(context: typer.Context, keys: Annotated[bool, typer.Option("--keys", help="Every key with default, meaning and condition.")] = False):
-    "List the configurations that ship with the package, or every key."
-    if context.invoked_subcommand: return
-    if keys: out.print(_table(("key", "default", "meaning", "condition"), keys_table()))
-    else: out.print(_table(("name", "p", "model", "epochs", "for"), [(n, str(c.p), c.model_type, f"{c.epochs:,}", c.description) for n, c in ((n, load_config(n)) for n in shipped_configs())]))
 
+@configs.callback()
+def list_configs(
+    context: typer.Context,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Every key with default, meaning and condition.")
+    ] = False,
+):
+    "List the configurations that ship with the package, or every key."
+    if context.invoked_subcommand:
+        return
+    if keys:
+        out.print(_table(("key", "default", "meaning", "condition"), keys_table()))
+    else:
+        out.print(
+            _table(
+                ("name", "p", "model", "epochs", "for"),
+                [
+                    (n, str(c.p), c.model_type, f"{c.epochs:,}", c.description)
+                    for n, c in ((n, load_config(n)) for n in shipped_configs())
+                ],
+            )
+        )
+
+# %% ../../nbs/app/01_cli.ipynb #a8e48349
 @configs.command()
 def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped name, or a path.")]):
     "Print a configuration's file."
@@ -128,44 +256,96 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped nam
         load_config(name)
         out.print(find_config(name).read_text(), end="", highlight=False, markup=False)
 
+
 def _table(names, rows) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for n in names: table.add_column(n, overflow="fold")
-    for row in rows: table.add_row(*(escape(str(v)) for v in row))
+    for n in names:
+        table.add_column(n, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(v)) for v in row))
     return table
 
 # %% ../../nbs/app/01_cli.ipynb #c89908de
 @app.command()
 def runs(
     root: Annotated[Path, typer.Option(help="Where run folders live.")] = Path("runs"),
-    sql: Annotated[Optional[str], typer.Option(metavar="QUERY", help="One SELECT over the views `runs` and `history`.")] = None,
+    sql: Annotated[
+        Optional[str],
+        typer.Option(metavar="QUERY", help="One SELECT over the views `runs` and `history`."),
+    ] = None,
 ):
     "List the runs, or ask about them in SQL."
     with exit_codes():
-        if not root.is_dir(): raise RunError(f"{root}: there is no such folder; `lal train quickstart` makes a first run")
-        answer = RunStore(root).query(sql) if sql else runs_table(list_runs(root)).drop(columns=["model", "train_acc"])
-        if not len(answer): out.print("no rows" if sql else f"no runs in {root} yet; `lal train quickstart` makes some", highlight=False)
-        else: out.print(_table(answer.columns, [[_cell(v) for v in row] for row in answer.itertuples(index=False)]))
+        if not root.is_dir():
+            raise RunError(
+                f"{root}: there is no such folder; `lal train quickstart` makes a first run"
+            )
+        answer = (
+            RunStore(root).query(sql)
+            if sql
+            else runs_table(list_runs(root)).drop(columns=["model", "train_acc"])
+        )
+        if not len(answer):
+            out.print(
+                "no rows" if sql else f"no runs in {root} yet; `lal train quickstart` makes some",
+                highlight=False,
+            )
+        else:
+            out.print(
+                _table(
+                    answer.columns,
+                    [[_cell(v) for v in row] for row in answer.itertuples(index=False)],
+                )
+            )
+
 
 def _cell(value) -> str:
-    if pd.isna(value): return "-"
+    if pd.isna(value):
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 # %% ../../nbs/app/01_cli.ipynb #5becc9c8
-OPTIONAL = (("nbdev", "edit and test the notebooks", "pip install 'lal[dev]'"), ("pypandoc", "preview pages (make preview)", "pip install 'lal[dev]'"),
-            ("gradio", "the dashboard", "pip install 'lal[app]'"), ("submitit", "sweeps on SLURM", "pip install 'lal[slurm]'"))
-PROGRAMS = (("quarto", "render the site (make docs)", "pip install quarto-cli, or quarto.org"), ("chromium", "browser tests and README figures", "apt-get install chromium"),
-            ("make", "the project's own commands", "your system's package manager"), ("git", "record the revision of a run", "your system's package manager"))
+OPTIONAL = (
+    ("nbdev", "edit and test the notebooks", "pip install 'lal[dev]'"),
+    ("pypandoc", "preview pages (make preview)", "pip install 'lal[dev]'"),
+    ("gradio", "the dashboard", "pip install 'lal[app]'"),
+    ("submitit", "sweeps on SLURM", "pip install 'lal[slurm]'"),
+)
+PROGRAMS = (
+    ("quarto", "render the site (make docs)", "pip install quarto-cli, or quarto.org"),
+    ("chromium", "browser tests and README figures", "apt-get install chromium"),
+    ("make", "the project's own commands", "your system's package manager"),
+    ("git", "record the revision of a run", "your system's package manager"),
+)
+
 
 @app.command()
 def doctor():
     "Say what this machine offers, what is missing, and how to get it."
     here = environment()
-    for name, version in here["versions"].items(): out.print(f"{name:12s} {version}", highlight=False)
-    out.print(f"{'device':12s} {', '.join(f'{d} ({device_name(d)})' if d != 'cpu' else device_name('cpu') for d in available_devices())}", highlight=False)
-    if "cuda" not in available_devices(): out.print(f"{'':12s} no CUDA device: runs use the processor, which is enough for every run shipped here", highlight=False)
-    rows = [(n, bool(importlib.util.find_spec(n)), what, how) for n, what, how in OPTIONAL] + [(n, bool(shutil.which(n)), what, how) for n, what, how in PROGRAMS]
-    out.print(_table(("optional", "", "for", "how to get it"), [(n, "here" if ok else "missing", what, "" if ok else how) for n, ok, what, how in rows]))
+    for name, version in here["versions"].items():
+        out.print(f"{name:12s} {version}", highlight=False)
+    out.print(
+        f"{'device':12s} {', '.join(f'{d} ({device_name(d)})' if d != 'cpu' else device_name('cpu') for d in available_devices())}",
+        highlight=False,
+    )
+    if "cuda" not in available_devices():
+        out.print(
+            f"{'':12s} no CUDA device: runs use the processor, which is enough for every run shipped here",
+            highlight=False,
+        )
+    rows = [(n, bool(importlib.util.find_spec(n)), what, how) for n, what, how in OPTIONAL] + [
+        (n, bool(shutil.which(n)), what, how) for n, what, how in PROGRAMS
+    ]
+    out.print(
+        _table(
+            ("optional", "", "for", "how to get it"),
+            [
+                (n, "here" if ok else "missing", what, "" if ok else how)
+                for n, ok, what, how in rows
+            ],
+        )
+    )
 
 # %% ../../nbs/app/01_cli.ipynb #fa51f834
 def main() -> None:

@@ -24,23 +24,53 @@ from .task import OPERATIONS, ORDERINGS, Task, is_prime
 # %% ../../nbs/core/04_config.ipynb #1f22a253
 class ConfigError(ValueError):
     "A configuration that can't be right: `source: key = value: reason`."
-    def __init__(self, reason: str, key: str | None = None, value: Any = None, source: str | None = None):
-        super().__init__(": ".join(([source] if source else []) + ([f"{key} = {_yaml(value)}"] if key else []) + [reason]))
 
-def _yaml(value) -> str: return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+    def __init__(
+        self, reason: str, key: str | None = None, value: Any = None, source: str | None = None
+    ):
+        super().__init__(
+            ": ".join(
+                ([source] if source else [])
+                + ([f"{key} = {_yaml(value)}"] if key else [])
+                + [reason]
+            )
+        )
+
+
+def _yaml(value) -> str:
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=10**6)
+        .removesuffix("\n")
+        .removesuffix("\n...")
+    )
 
 # %% ../../nbs/core/04_config.ipynb #ada2f458
 @dataclass(frozen=True)
 class Condition:
     "What a value must satisfy, with the sentence that says so."
+
     says: str
     holds: Callable[[Any], bool]
 
-def at_least(low) -> Condition: return Condition(f"must be {low} or larger", lambda v: v >= low)
-def above(low) -> Condition: return Condition(f"must be larger than {low}", lambda v: v > low)
-def between(low, high) -> Condition: return Condition(f"must lie strictly between {low} and {high}", lambda v: low < v < high)
-def from_to(low, high) -> Condition: return Condition(f"must be at least {low} and less than {high}", lambda v: low <= v < high)
-def one_of(*names) -> Condition: return Condition(f"must be one of {', '.join(names)}", lambda v: v in names)
+# %% ../../nbs/core/04_config.ipynb #a5bd310a
+def at_least(low) -> Condition:
+    return Condition(f"must be {low} or larger", lambda v: v >= low)
+
+# %% ../../nbs/core/04_config.ipynb #4c25bd12
+def above(low) -> Condition:
+    return Condition(f"must be larger than {low}", lambda v: v > low)
+
+# %% ../../nbs/core/04_config.ipynb #bb2fb7f3
+def between(low, high) -> Condition:
+    return Condition(f"must lie strictly between {low} and {high}", lambda v: low < v < high)
+
+# %% ../../nbs/core/04_config.ipynb #98ecd4b7
+def from_to(low, high) -> Condition:
+    return Condition(f"must be at least {low} and less than {high}", lambda v: low <= v < high)
+
+# %% ../../nbs/core/04_config.ipynb #0109cc2f
+def one_of(*names) -> Condition:
+    return Condition(f"must be one of {', '.join(names)}", lambda v: v in names)
 
 # %% ../../nbs/core/04_config.ipynb #6b84fd1e
 def key(default, meaning: str, condition: Condition | None = None):
@@ -50,11 +80,14 @@ def key(default, meaning: str, condition: Condition | None = None):
 # %% ../../nbs/core/04_config.ipynb #90a5a43b
 SECTIONS: dict[str, type] = {}
 
+
 def register_section(name: str):
     "Class decorator: the dataclass holds the keys of `experiment: name`."
+
     def add(cls):
         SECTIONS[name] = cls
         return cls
+
     return add
 
 # %% ../../nbs/core/04_config.ipynb #5456438b
@@ -62,56 +95,130 @@ def register_section(name: str):
 @dataclass(frozen=True)
 class Modular:
     "Keys of `experiment: modular`: arithmetic modulo p."
+
     p: int = key(113, "modulus", at_least(2))
     operation: str = key("add", "the operation", one_of(*OPERATIONS))
-    train_frac: float = key(0.3, "fraction of all pairs to train on; the rest is the test set", between(0, 1))
-    train_size: int | None = key(None, "number of training pairs, instead of a fraction (with test_size)", at_least(1))
-    test_size: int | None = key(None, "number of test pairs, instead of all the rest (with train_size)", at_least(1))
+    train_frac: float = key(
+        0.3, "fraction of all pairs to train on; the rest is the test set", between(0, 1)
+    )
+    train_size: int | None = key(
+        None, "number of training pairs, instead of a fraction (with test_size)", at_least(1)
+    )
+    test_size: int | None = key(
+        None, "number of test pairs, instead of all the rest (with train_size)", at_least(1)
+    )
     data_seed: int = key(42, "seed of the split", at_least(0))
     model_type: str = key("baseline", "the network", one_of(*MODELS))
     hidden_dim: int = key(128, "width d", at_least(1))
     n_layers: int = key(2, "hidden layers, or transformer blocks", at_least(1))
     n_heads: int = key(4, "attention heads; must divide hidden_dim", at_least(1))
     tie_embeddings: bool = key(False, "output matrix = token embedding (transformer)")
-    ordering: str = key("random", "order of the examples in an epoch (with batch_size)", one_of(*ORDERINGS))
+    ordering: str = key(
+        "random", "order of the examples in an epoch (with batch_size)", one_of(*ORDERINGS)
+    )
     stride: int | None = key(None, "stride of ordering 'stride'; null: floor(sqrt(p))", at_least(1))
 
     def check(self, common):
         "Yield `(key, reason)` for every combination that can't be right."
-        if self.operation == "divide" and not is_prime(self.p): yield "p", "operation 'divide' needs a prime modulus, since only then has every b ≠ 0 an inverse"
-        if self.model_type == "transformer" and self.hidden_dim % self.n_heads: yield "n_heads", f"must divide hidden_dim = {self.hidden_dim}"
+        if self.operation == "divide" and not is_prime(self.p):
+            yield (
+                "p",
+                "operation 'divide' needs a prime modulus, since only then has every b ≠ 0 an inverse",
+            )
+        if self.model_type == "transformer" and self.hidden_dim % self.n_heads:
+            yield "n_heads", f"must divide hidden_dim = {self.hidden_dim}"
         if self.ordering != "random" and common.batch_size is None:
-            yield "ordering", "needs a batch_size: with batch_size null every step sees all training pairs, in no order"
-        if self.stride is not None and self.ordering != "stride": yield "stride", f"only ordering 'stride' reads it, and ordering is '{self.ordering}'"
+            yield (
+                "ordering",
+                "needs a batch_size: with batch_size null every step sees all training pairs, in no order",
+            )
+        if self.stride is not None and self.ordering != "stride":
+            yield "stride", f"only ordering 'stride' reads it, and ordering is '{self.ordering}'"
         if (self.train_size is None) != (self.test_size is None):
-            yield ("train_size", "needs test_size too") if self.test_size is None else ("test_size", "needs train_size too")
-        elif self.train_size and self.train_frac != Modular.train_frac: yield "train_frac", "give either train_frac or train_size and test_size"
-        elif self.train_size and (n := self.train_size + self.test_size) > (total := Task(self.p, self.operation).n_pairs):
-            yield "train_size", f"train_size + test_size = {n}, but p = {self.p} has only {total} pairs"
-        elif not self.train_size and not 0 < round(self.train_frac * (total := Task(self.p, self.operation).n_pairs)) < total:
-            yield "train_frac", f"leaves the training or the test set empty: there are only {total} pairs"
+            yield (
+                ("train_size", "needs test_size too")
+                if self.test_size is None
+                else ("test_size", "needs train_size too")
+            )
+        elif self.train_size and self.train_frac != Modular.train_frac:
+            yield "train_frac", "give either train_frac or train_size and test_size"
+        elif self.train_size and (n := self.train_size + self.test_size) > (
+            total := Task(self.p, self.operation).n_pairs
+        ):
+            yield (
+                "train_size",
+                f"train_size + test_size = {n}, but p = {self.p} has only {total} pairs",
+            )
+        elif (
+            not self.train_size
+            and not 0
+            < round(self.train_frac * (total := Task(self.p, self.operation).n_pairs))
+            < total
+        ):
+            yield (
+                "train_frac",
+                f"leaves the training or the test set empty: there are only {total} pairs",
+            )
 
 # %% ../../nbs/core/04_config.ipynb #9aafbd09
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
+
 @dataclass(frozen=True)
 class Config:
     "A checked configuration: the common keys, and the section of its experiment. Keys of the section read as attributes too: `config.p`."
+
     experiment: str = "modular"
     section: Any = field(default_factory=Modular)
-    name: str = key("run", "name of the run and of its folder", Condition("must be letters, digits and . _ + = - only, and begin with a letter or digit", lambda v: NAME.fullmatch(v) is not None))
+    name: str = key(
+        "run",
+        "name of the run and of its folder",
+        Condition(
+            "must be letters, digits and . _ + = - only, and begin with a letter or digit",
+            lambda v: NAME.fullmatch(v) is not None,
+        ),
+    )
     description: str = key("", "one line on what the run is for")
-    seed: int = key(42, "seed of initial weights, orders and everything else but the split", at_least(0))
-    seeds: list | None = key(None, "several seeds: one run each, named NAME_seedN", Condition("must be a list of different whole numbers, 0 or larger",
-                             lambda v: len(v) > 0 and all(type(s) is int and s >= 0 for s in v) and len(set(v)) == len(v)))
-    device: str = key("auto", "auto, cuda, cuda:N, mps or cpu", Condition(f"must be one of {', '.join(DEVICES)}, or cuda:N", lambda v: v in DEVICES or re.fullmatch(r"cuda:\d+", v) is not None))
+    seed: int = key(
+        42, "seed of initial weights, orders and everything else but the split", at_least(0)
+    )
+    seeds: list | None = key(
+        None,
+        "several seeds: one run each, named NAME_seedN",
+        Condition(
+            "must be a list of different whole numbers, 0 or larger",
+            lambda v: (
+                len(v) > 0 and all(type(s) is int and s >= 0 for s in v) and len(set(v)) == len(v)
+            ),
+        ),
+    )
+    device: str = key(
+        "auto",
+        "auto, cuda, cuda:N, mps or cpu",
+        Condition(
+            f"must be one of {', '.join(DEVICES)}, or cuda:N",
+            lambda v: v in DEVICES or re.fullmatch(r"cuda:\d+", v) is not None,
+        ),
+    )
     deterministic: bool = key(True, "deterministic kernels: the same seed gives the same bits")
-    threads: int | None = key(None, "CPU threads of PyTorch; null: PyTorch's own choice", at_least(1))
+    threads: int | None = key(
+        None, "CPU threads of PyTorch; null: PyTorch's own choice", at_least(1)
+    )
     epochs: int = key(50_000, "epochs to train", at_least(1))
-    extra_epochs: int = key(0, "epochs to go on after the schedule's end, at its last learning rate", at_least(0))
-    batch_size: int | None = key(None, "examples per step; null: all of them (full batch)", at_least(1))
-    stop_at_test_acc: float | None = key(None, "stop once test accuracy has been this high at five log points in a row", Condition("must be larger than 0 and at most 1", lambda v: 0 < v <= 1))
-    optimizer: str = key("adamw", "adamw, adam (decay added to the gradient) or sgd", one_of("adamw", "adam", "sgd"))
+    extra_epochs: int = key(
+        0, "epochs to go on after the schedule's end, at its last learning rate", at_least(0)
+    )
+    batch_size: int | None = key(
+        None, "examples per step; null: all of them (full batch)", at_least(1)
+    )
+    stop_at_test_acc: float | None = key(
+        None,
+        "stop once test accuracy has been this high at five log points in a row",
+        Condition("must be larger than 0 and at most 1", lambda v: 0 < v <= 1),
+    )
+    optimizer: str = key(
+        "adamw", "adamw, adam (decay added to the gradient) or sgd", one_of("adamw", "adam", "sgd")
+    )
     lr: float = key(1e-3, "peak learning rate", above(0))
     weight_decay: float = key(1.0, "weight decay λ, on matrices only", at_least(0))
     decay_all: bool = key(False, "decay embeddings, biases and LayerNorm too")
@@ -120,35 +227,57 @@ class Config:
     eps: float = key(1e-8, "Adam: added to the root of the second moment", above(0))
     momentum: float = key(0.0, "SGD: momentum", from_to(0, 1))
     grad_clip: float | None = key(None, "largest gradient norm; null: no clipping", above(0))
-    scheduler: str = key("constant", "learning rate after warm-up: constant, or cosine down to min_lr", one_of("constant", "cosine"))
+    scheduler: str = key(
+        "constant",
+        "learning rate after warm-up: constant, or cosine down to min_lr",
+        one_of("constant", "cosine"),
+    )
     min_lr: float = key(0.0, "last learning rate of the cosine", at_least(0))
     warmup_epochs: int = key(0, "epochs of linear warm-up from 0", at_least(0))
     log_every: int = key(100, "epochs between log points", at_least(1))
     checkpoint_every: int = key(5_000, "epochs between checkpoints", at_least(1))
 
     def __getattr__(self, name):
-        if name.startswith("__") or "section" not in self.__dict__ or name not in {f.name for f in fields(self.section)}:
+        if (
+            name.startswith("__")
+            or "section" not in self.__dict__
+            or name not in {f.name for f in fields(self.section)}
+        ):
             raise AttributeError(f"a configuration has no key {name!r}")
         return getattr(self.section, name)
 
     def check(self):
         "Yield `(key, reason)` for every combination of common keys that can't be right."
-        if self.min_lr > self.lr: yield "min_lr", f"must not be larger than lr = {self.lr:g}"
-        if self.warmup_epochs >= self.epochs: yield "warmup_epochs", f"must be smaller than epochs = {self.epochs}"
+        if self.min_lr > self.lr:
+            yield "min_lr", f"must not be larger than lr = {self.lr:g}"
+        if self.warmup_epochs >= self.epochs:
+            yield "warmup_epochs", f"must be smaller than epochs = {self.epochs}"
 
 # %% ../../nbs/core/04_config.ipynb #cd0ef2f2
 def to_type(value, kind):
     "`value` as the annotated type `kind`, or `TypeError` with the words for what was expected."
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (put it in quotes)", list: "a list"}
-    if value is None and type(None) in options: return None
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text (put it in quotes)",
+        list: "a list",
+    }
+    if value is None and type(None) in options:
+        return None
     kind = options[0]
     if kind in (int, float) and isinstance(value, str):
-        try: value = float(value)
-        except ValueError: pass
-    if kind is float and type(value) in (int, float) and math.isfinite(value): return float(value)
-    if kind is int and type(value) is float and value.is_integer(): return int(value)
-    if type(value) is kind and kind is not float: return value
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is kind and kind is not float:
+        return value
     raise TypeError(f"must be {words[kind]}{' or null' if type(None) in options else ''}")
 
 # %% ../../nbs/core/04_config.ipynb #1b732508
@@ -157,6 +286,7 @@ def config_keys(experiment: str = "modular") -> dict[str, Any]:
     common = {f.name: f for f in fields(Config) if f.name not in ("experiment", "section")}
     return common | {f.name: f for f in fields(SECTIONS[experiment])}
 
+# %% ../../nbs/core/04_config.ipynb #c79f4746
 def nearest(word: str, known) -> str:
     "`; did you mean 'x'?` for the closest known word, or nothing."
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
@@ -165,53 +295,92 @@ def nearest(word: str, known) -> str:
 # %% ../../nbs/core/04_config.ipynb #50bd7116
 def make_config(values: dict | None = None, source: str | None = None, **more) -> Config:
     "A checked `Config` from plain values, given as a dict, as keywords, or both. Raises `ConfigError` naming key, value and `source`."
-    if not isinstance(values or {}, dict): raise ConfigError(f"a configuration must be a mapping of keys to values, and this is a {type(values).__name__}", source=source)
+    if not isinstance(values or {}, dict):
+        raise ConfigError(
+            f"a configuration must be a mapping of keys to values, and this is a {type(values).__name__}",
+            source=source,
+        )
     values = {**(values or {}), **more}
     experiment = values.pop("experiment", "modular")
-    if experiment not in SECTIONS: raise ConfigError(f"must be one of {', '.join(SECTIONS)}", "experiment", experiment, source)
+    if experiment not in SECTIONS:
+        raise ConfigError(f"must be one of {', '.join(SECTIONS)}", "experiment", experiment, source)
     values = _flatten(values, experiment, source)
-    known, hints = config_keys(experiment), get_type_hints(Config) | get_type_hints(SECTIONS[experiment])
+    known, hints = (
+        config_keys(experiment),
+        get_type_hints(Config) | get_type_hints(SECTIONS[experiment]),
+    )
     checked = {}
     for name, value in values.items():
-        if name not in known: raise ConfigError(f"unknown key{nearest(name, known)} (`lal configs --keys` lists all)", str(name), value, source)
-        try: checked[name] = to_type(value, hints[name])
-        except TypeError as error: raise ConfigError(str(error), name, value, source) from None
+        if name not in known:
+            raise ConfigError(
+                f"unknown key{nearest(name, known)} (`lal configs --keys` lists all)",
+                str(name),
+                value,
+                source,
+            )
+        try:
+            checked[name] = to_type(value, hints[name])
+        except TypeError as error:
+            raise ConfigError(str(error), name, value, source) from None
         condition = known[name].metadata["condition"]
-        if condition and checked[name] is not None and not condition.holds(checked[name]): raise ConfigError(condition.says, name, value, source)
+        if condition and checked[name] is not None and not condition.holds(checked[name]):
+            raise ConfigError(condition.says, name, value, source)
     own = {f.name for f in fields(SECTIONS[experiment])}
     section = SECTIONS[experiment](**{k: v for k, v in checked.items() if k in own})
     config = Config(experiment, section, **{k: v for k, v in checked.items() if k not in own})
-    for name, reason in chain(config.check(), section.check(config)): raise ConfigError(reason, name, getattr(config, name), source)
+    for name, reason in chain(config.check(), section.check(config)):
+        raise ConfigError(reason, name, getattr(config, name), source)
     return config
+
 
 def _flatten(values, experiment, source):
     inner = values.pop(experiment, None)
-    if inner is None: return values
-    if not isinstance(inner, dict): raise ConfigError("must be a mapping of keys to values", experiment, inner, source)
-    if twice := [k for k in inner if k in values]: raise ConfigError(f"given both at the top and under '{experiment}'", twice[0], inner[twice[0]], source)
+    if inner is None:
+        return values
+    if not isinstance(inner, dict):
+        raise ConfigError("must be a mapping of keys to values", experiment, inner, source)
+    if twice := [k for k in inner if k in values]:
+        raise ConfigError(
+            f"given both at the top and under '{experiment}'", twice[0], inner[twice[0]], source
+        )
     return {**values, **inner}
 
 # %% ../../nbs/core/04_config.ipynb #a941c91b
-class _Loader(yaml.SafeLoader): "YAML's safe loader, which refuses a key given twice."
+class _Loader(yaml.SafeLoader):
+    "YAML's safe loader, which refuses a key given twice."
+
 
 def _mapping(loader, node, deep=False):
     seen = set()
     for k, _ in node.value:
-        if k.value in seen: raise yaml.constructor.ConstructorError(None, None, f"key '{k.value}' is given twice", k.start_mark)
+        if k.value in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key '{k.value}' is given twice", k.start_mark
+            )
         seen.add(k.value)
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 # %% ../../nbs/core/04_config.ipynb #226cc2cc
 def read_yaml(path: str | Path) -> Any:
     "The content of a YAML file; `ConfigError` with file and line when it can't be read."
-    try: return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error: raise ConfigError(f"can't be read: {error.strerror}", source=str(path)) from None
-    except UnicodeDecodeError: raise ConfigError("is not a text file", source=str(path)) from None
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"can't be read: {error.strerror}", source=str(path)) from None
+    except UnicodeDecodeError:
+        raise ConfigError("is not a text file", source=str(path)) from None
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"is not valid YAML: {problem}", source=f"{path}{f', line {mark.line + 1}' if mark else ''}") from None
+        mark, problem = (
+            getattr(error, "problem_mark", None),
+            getattr(error, "problem", None) or str(error).splitlines()[0],
+        )
+        raise ConfigError(
+            f"is not valid YAML: {problem}",
+            source=f"{path}{f', line {mark.line + 1}' if mark else ''}",
+        ) from None
 
 # %% ../../nbs/core/04_config.ipynb #3bcc0bee
 def shipped_configs() -> dict[str, Path]:
@@ -219,57 +388,100 @@ def shipped_configs() -> dict[str, Path]:
     folder = Path(str(files("lal"))) / "configs"
     return {f.stem: f for f in sorted(folder.glob("*.yaml"))}
 
+# %% ../../nbs/core/04_config.ipynb #3075fd64
 def find_config(name: str) -> Path:
     "The file of a shipped name or a path; `ConfigError` with the known names otherwise."
-    if str(name).endswith((".yaml", ".yml")) or "/" in str(name): return Path(name)
-    if name in (known := shipped_configs()): return known[name]
-    raise ConfigError(f"no configuration is called '{name}'{nearest(name, known)} Shipped: {', '.join(known)}. For a file of your own, give its path, ending in .yaml" if nearest(name, known)
-                      else f"no configuration is called '{name}'. Shipped: {', '.join(known)}. For a file of your own, give its path, ending in .yaml")
+    if str(name).endswith((".yaml", ".yml")) or "/" in str(name):
+        return Path(name)
+    if name in (known := shipped_configs()):
+        return known[name]
+    raise ConfigError(
+        f"no configuration is called '{name}'{nearest(name, known)} Shipped: {', '.join(known)}. For a file of your own, give its path, ending in .yaml"
+        if nearest(name, known)
+        else f"no configuration is called '{name}'. Shipped: {', '.join(known)}. For a file of your own, give its path, ending in .yaml"
+    )
 
-# %% ../../nbs/core/04_config.ipynb #3075fd64
+# %% ../../nbs/core/04_config.ipynb #95013bcd
 def parse_set(assignment: str) -> tuple[str, Any]:
     "`key=value` as on the command line; the value is read as YAML."
     name, equals, text = assignment.partition("=")
-    if not equals or not name.strip(): raise ConfigError(f"'{assignment}' is not of the form key=value", source="--set")
-    try: return name.strip(), yaml.load(text, _Loader)
-    except yaml.YAMLError: raise ConfigError("is not valid YAML", name.strip(), text, "--set") from None
+    if not equals or not name.strip():
+        raise ConfigError(f"'{assignment}' is not of the form key=value", source="--set")
+    try:
+        return name.strip(), yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ConfigError("is not valid YAML", name.strip(), text, "--set") from None
 
+# %% ../../nbs/core/04_config.ipynb #339fa7e5
 def load_config(
-    name: str | Path,      # a shipped name, or the path of a YAML file
-    changes: tuple = (),   # `key=value` texts that win over the file
+    name: str | Path,  # a shipped name, or the path of a YAML file
+    changes: tuple = (),  # `key=value` texts that win over the file
 ) -> Config:
     "A checked configuration from a shipped name or a file; its `name` is the file's name unless the file gives one."
     path = find_config(str(name))
     values = read_yaml(path)
-    config = make_config({"name": path.stem} | values if isinstance(values, dict) else [] if values is None else values, source=str(path))
-    if not changes: return config
+    config = make_config(
+        {"name": path.stem} | values
+        if isinstance(values, dict)
+        else []
+        if values is None
+        else values,
+        source=str(path),
+    )
+    if not changes:
+        return config
     new = dict(parse_set(c) for c in changes)
     merged = _flatten(dict(values), config.experiment, str(path))
-    return make_config({"name": path.stem} | merged | new, source=f"{path} with --set {' --set '.join(changes)}")
+    return make_config(
+        {"name": path.stem} | merged | new, source=f"{path} with --set {' --set '.join(changes)}"
+    )
 
 # %% ../../nbs/core/04_config.ipynb #e186bbff
 def to_dict(config: Config) -> dict:
     "Every key with its value as plain data, the section under its own name."
     values = asdict(config)
-    return {"experiment": values.pop("experiment"), **{k: v for k, v in values.items() if k != "section"}, config.experiment: asdict(config.section)}
+    return {
+        "experiment": values.pop("experiment"),
+        **{k: v for k, v in values.items() if k != "section"},
+        config.experiment: asdict(config.section),
+    }
 
+# %% ../../nbs/core/04_config.ipynb #56ce6c0a
 def to_yaml(config: Config) -> str:
     "The configuration as YAML, every key included."
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
-# %% ../../nbs/core/04_config.ipynb #56ce6c0a
+# %% ../../nbs/core/04_config.ipynb #89f1de2d
 def with_values(config: Config, **changes) -> Config:
     "A copy with other values, checked again."
     flat = _flatten(to_dict(config), config.experiment, None)
-    defaults = _flatten(to_dict(Config(config.experiment, SECTIONS[config.experiment]())), config.experiment, None)
-    return make_config({k: v for k, v in flat.items() if v != defaults[k]} | {"experiment": config.experiment} | changes)
+    defaults = _flatten(
+        to_dict(Config(config.experiment, SECTIONS[config.experiment]())), config.experiment, None
+    )
+    return make_config(
+        {k: v for k, v in flat.items() if v != defaults[k]}
+        | {"experiment": config.experiment}
+        | changes
+    )
 
+# %% ../../nbs/core/04_config.ipynb #eafa6c81
 def one_per_seed(config: Config) -> list[Config]:
     "The runs a configuration stands for: itself, or one for each of its `seeds`, named `NAME_seedN`."
-    if config.seeds is None: return [config]
-    return [replace(config, seed=s, seeds=None, name=f"{config.name}_seed{s}") for s in config.seeds]
+    if config.seeds is None:
+        return [config]
+    return [
+        replace(config, seed=s, seeds=None, name=f"{config.name}_seed{s}") for s in config.seeds
+    ]
 
 # %% ../../nbs/core/04_config.ipynb #e0d8e172
 def keys_table(experiment: str = "modular") -> list[tuple[str, str, str, str]]:
     "`(key, default, meaning, condition)` of every key of an experiment."
-    return [(name, _yaml(f.default), f.metadata["meaning"], f.metadata["condition"].says if f.metadata["condition"] else "") for name, f in config_keys(experiment).items()]
+    return [
+        (
+            name,
+            _yaml(f.default),
+            f.metadata["meaning"],
+            f.metadata["condition"].says if f.metadata["condition"] else "",
+        )
+        for name, f in config_keys(experiment).items()
+    ]

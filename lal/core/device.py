@@ -17,6 +17,7 @@ import torch
 # %% ../../nbs/core/01_device.ipynb #24d4f4a2
 DEVICES = ("auto", "cuda", "mps", "cpu")
 
+
 def available_devices() -> list[str]:
     "Names of the devices this machine offers, fastest first."
     found = ["cuda"] if torch.cuda.is_available() else []
@@ -25,36 +26,56 @@ def available_devices() -> list[str]:
 # %% ../../nbs/core/01_device.ipynb #31219bc4
 def resolve_device(
     name: str = "auto",  # `auto`, `cuda`, `cuda:N`, `mps` or `cpu`
-) -> torch.device:       # the device; raises `ValueError` when it is unknown or absent
+) -> torch.device:  # the device; raises `ValueError` when it is unknown or absent
     "The device called `name`, or the fastest one for `auto`."
     here = available_devices()
-    if name == "auto": return torch.device(here[0])
-    try: device = torch.device(name)
-    except RuntimeError: raise ValueError(f"device {name!r} is not a device; use one of {', '.join(DEVICES)}") from None
+    if name == "auto":
+        return torch.device(here[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"device {name!r} is not a device; use one of {', '.join(DEVICES)}"
+        ) from None
     if device.type not in here:
-        raise ValueError(f"device {name!r} is not available here; this machine offers {', '.join(here)} (or say `auto`)")
+        raise ValueError(
+            f"device {name!r} is not available here; this machine offers {', '.join(here)} (or say `auto`)"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not available here; this machine has {torch.cuda.device_count()} CUDA device(s)")
+        raise ValueError(
+            f"device {name!r} is not available here; this machine has {torch.cuda.device_count()} CUDA device(s)"
+        )
     return device
 
 # %% ../../nbs/core/01_device.ipynb #b6861049
 def device_name(device: str | torch.device = "cpu") -> str:
     "What the device is called by its maker, with the number of threads for a processor."
     device = torch.device(device)
-    if device.type == "cuda": return torch.cuda.get_device_name(device)
-    if device.type == "mps": return f"Apple {platform.processor()} GPU"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple {platform.processor()} GPU"
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1] for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [
+            line.split(":", 1)[1]
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     maker = " ".join((names[0] if names else platform.processor() or platform.machine()).split())
-    return f"CPU ({maker}, {torch.get_num_threads()} thread{'s'[:torch.get_num_threads() > 1]})"
+    return f"CPU ({maker}, {torch.get_num_threads()} thread{'s'[: torch.get_num_threads() > 1]})"
 
 # %% ../../nbs/core/01_device.ipynb #2f3ddb69
 def generator(
-    seed: int,    # the run's seed, 0 or larger
+    seed: int,  # the run's seed, 0 or larger
     stream: str,  # what the numbers are for: "init", "order", "dropout", "probe", …
 ) -> torch.Generator:
     "A CPU generator for one stream of random decisions of the run with this seed."
-    if seed < 0: raise ValueError(f"seed = {seed}: must be 0 or larger")
+    if seed < 0:
+        raise ValueError(f"seed = {seed}: must be 0 or larger")
     state = np.random.SeedSequence([seed, *stream.encode()]).generate_state(1, np.uint32)[0]
     return torch.Generator().manual_seed(int(state))
 
@@ -64,8 +85,10 @@ def seeded(seed: int, stream: str):
     "Inside the block PyTorch's global CPU generator is the stream's; afterwards it is as it was before."
     before = torch.get_rng_state()
     torch.default_generator.set_state(generator(seed, stream).get_state())
-    try: yield
-    finally: torch.set_rng_state(before)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 # %% ../../nbs/core/01_device.ipynb #7b3da835
 @contextmanager
@@ -75,10 +98,15 @@ def deterministic(on: bool = True):
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this when it starts
-    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before, warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True)
-    try: yield
-    finally: torch.use_deterministic_algorithms(before, warn_only=warn)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
 
 # %% ../../nbs/core/01_device.ipynb #83bfa116
 @contextmanager
@@ -86,37 +114,57 @@ def threads(n: int | None):
     "Inside the block PyTorch uses `n` CPU threads; `None` changes nothing."
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
-    try: yield
-    finally: torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/core/01_device.ipynb #5737bc64
 def git_revision(folder: str | Path = ".") -> dict:
     "`{'revision': hash, 'clean': bool}` of the checkout `folder` lies in; both `None` outside a checkout."
-    def git(*args): return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return {"revision": git("rev-parse", "HEAD"), "clean": git("status", "--porcelain") == ""}
-    except (OSError, subprocess.CalledProcessError): return {"revision": None, "clean": None}
+
+    def git(*args):
+        return subprocess.run(
+            ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return {"revision": git("rev-parse", "HEAD"), "clean": git("status", "--porcelain") == ""}
+    except (OSError, subprocess.CalledProcessError):
+        return {"revision": None, "clean": None}
 
 # %% ../../nbs/core/01_device.ipynb #fff7d926
 def package_version(name: str) -> str | None:
     "The installed version of a package, or `None`."
-    try: return version(name)
-    except PackageNotFoundError: return None
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
+# %% ../../nbs/core/01_device.ipynb #4f50938a
 def environment(device: str | torch.device = "cpu") -> dict:
     "What this process runs on, as plain values for JSON."
     names = ("lal", "torch", "numpy", "pandas", "pyarrow")
-    return {"versions": {"python": platform.python_version(), **{n: package_version(n) for n in names}},
-            "device": str(device), "device_name": device_name(device), "threads": torch.get_num_threads(),
-            "cuda": torch.version.cuda, "platform": platform.platform(),
-            "git": git_revision(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+    return {
+        "versions": {"python": platform.python_version(), **{n: package_version(n) for n in names}},
+        "device": str(device),
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "git": git_revision(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
 
 # %% ../../nbs/core/01_device.ipynb #cc6cae44
 def ran_on(
-    device: str,                 # its name, as `device_name` gives it and `environment.json` records it
-    p: int,                      # modulus of the task
-    seed: int | list[int],       # the run's seed, or several
-    seconds: float,              # wall-clock time of training
+    device: str,  # its name, as `device_name` gives it and `environment.json` records it
+    p: int,  # modulus of the task
+    seed: int | list[int],  # the run's seed, or several
+    seconds: float,  # wall-clock time of training
 ) -> str:
     "One line that says what a result ran on."
-    seeds = f"seeds {', '.join(map(str, seed))}" if isinstance(seed, (list, tuple)) else f"seed {seed}"
+    seeds = (
+        f"seeds {', '.join(map(str, seed))}" if isinstance(seed, (list, tuple)) else f"seed {seed}"
+    )
     return f"ran on {device}, torch {torch.__version__}, p = {p}, {seeds}, {seconds:.1f} s"

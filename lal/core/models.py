@@ -16,12 +16,14 @@ from .task import Task, onehot_width, vocabulary
 # %% ../../nbs/core/03_models.ipynb #d9704ad1
 class BaselineMLP(nn.Module):
     "L hidden layers of width d with GELU, from one-hot inputs `[N, 2p]` to logits `[N, p]`."
+
     encoding = "onehot"
 
-    def __init__(self,
+    def __init__(
+        self,
         task: Task,
         hidden_dim: int = 128,  # d
-        n_layers: int = 2,      # L
+        n_layers: int = 2,  # L
     ):
         super().__init__()
         widths = [onehot_width(task)] + [hidden_dim] * n_layers
@@ -31,31 +33,46 @@ class BaselineMLP(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         "One-hot inputs are continuous already: `[N, 2p]` to `[N, 2p]`."
         return x
+
     def representation(self, x: Tensor) -> Tensor:
         "The last hidden layer, `[N, d]`."
-        for layer in self.hidden: x = F.gelu(layer(x))
+        for layer in self.hidden:
+            x = F.gelu(layer(x))
         return x
-    def forward_from_embeddings(self, e: Tensor) -> Tensor: return self.output(self.representation(e))
-    def forward(self, x: Tensor) -> Tensor: return self.forward_from_embeddings(self.embed(x))
+
+    def forward_from_embeddings(self, e: Tensor) -> Tensor:
+        return self.output(self.representation(e))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_from_embeddings(self.embed(x))
 
 # %% ../../nbs/core/03_models.ipynb #a5629dae
 class Attention(nn.Module):
     "Causal self-attention with H heads as matmul, softmax, matmul: `[N, T, d]` to `[N, T, d]`."
+
     def __init__(self, width: int, n_heads: int):
         super().__init__()
-        if width % n_heads: raise ValueError(f"n_heads = {n_heads} does not divide hidden_dim = {width}")
+        if width % n_heads:
+            raise ValueError(f"n_heads = {n_heads} does not divide hidden_dim = {width}")
         self.n_heads, self.scale = n_heads, math.sqrt(n_heads / width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Queries, keys and values, each `[N, H, T, d/H]`."
         N, T, d = x.shape
-        return self.qkv(x).reshape(N, T, 3, self.n_heads, d // self.n_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return (
+            self.qkv(x)
+            .reshape(N, T, 3, self.n_heads, d // self.n_heads)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
+
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         "The attention weights A `[N, H, T, T]`; rows sum to one and look at no later position."
         T = q.shape[-2]
         later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         return ((q @ k.transpose(-1, -2)) * self.scale).masked_fill(later, -torch.inf).softmax(-1)
+
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(x)
         return self.out((self.weights(q, k) @ v).transpose(1, 2).flatten(2))
@@ -63,10 +80,15 @@ class Attention(nn.Module):
 # %% ../../nbs/core/03_models.ipynb #53c0ab4b
 class Block(nn.Module):
     "One pre-norm transformer block: attention, then a GELU feed-forward network of width 4d."
+
     def __init__(self, width: int, n_heads: int):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, n_heads)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm2, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(self, h: Tensor) -> Tensor:
         h = h + self.attention(self.norm1(h))
@@ -75,41 +97,56 @@ class Block(nn.Module):
 # %% ../../nbs/core/03_models.ipynb #8d55d7d6
 class GrokTransformer(nn.Module):
     "Decoder-only transformer on tokens `[a, ∘, b, =]` `[N, 4]`; logits `[N, p]` from the last position."
+
     encoding = "tokens"
 
-    def __init__(self,
+    def __init__(
+        self,
         task: Task,
-        hidden_dim: int = 128,         # d
-        n_layers: int = 2,             # L
-        n_heads: int = 4,              # H, must divide d
+        hidden_dim: int = 128,  # d
+        n_layers: int = 2,  # L
+        n_heads: int = 4,  # H, must divide d
         tie_embeddings: bool = False,  # output matrix = first p rows of the token embedding
     ):
         super().__init__()
         self.p = task.p
-        self.tokens, self.positions = nn.Embedding(vocabulary(task), hidden_dim), nn.Embedding(4, hidden_dim)
+        self.tokens, self.positions = (
+            nn.Embedding(vocabulary(task), hidden_dim),
+            nn.Embedding(4, hidden_dim),
+        )
         self.blocks = nn.ModuleList(Block(hidden_dim, n_heads) for _ in range(n_layers))
         self.norm = nn.LayerNorm(hidden_dim)
         self.output = None if tie_embeddings else nn.Linear(hidden_dim, task.p, bias=False)
-        for embedding in (self.tokens, self.positions): nn.init.normal_(embedding.weight, std=hidden_dim**-0.5)
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=hidden_dim**-0.5)
 
     def embed(self, x: Tensor) -> Tensor:
         "Token plus position embeddings, `[N, 4, d]`."
         return self.tokens(x) + self.positions.weight
+
     def last_state(self, e: Tensor) -> Tensor:
         "The normalised state at the equals sign, `[N, d]`, from embeddings `[N, 4, d]`."
-        for block in self.blocks: e = block(e)
+        for block in self.blocks:
+            e = block(e)
         return self.norm(e[:, -1])
+
     def readout(self, h: Tensor) -> Tensor:
         "Logits `[N, p]` from states `[N, d]`."
-        return h @ self.tokens.weight[:self.p].T if self.output is None else self.output(h)
+        return h @ self.tokens.weight[: self.p].T if self.output is None else self.output(h)
+
     def representation(self, x: Tensor) -> Tensor:
         "The state before the output matrix, `[N, d]`."
         return self.last_state(self.embed(x))
-    def forward_from_embeddings(self, e: Tensor) -> Tensor: return self.readout(self.last_state(e))
-    def forward(self, x: Tensor) -> Tensor: return self.forward_from_embeddings(self.embed(x))
+
+    def forward_from_embeddings(self, e: Tensor) -> Tensor:
+        return self.readout(self.last_state(e))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_from_embeddings(self.embed(x))
 
 # %% ../../nbs/core/03_models.ipynb #e63dcb69
 MODELS = ("baseline", "transformer")
+
 
 def create_model(
     config,  # anything with `model_type`, `hidden_dim`, `n_layers`, `n_heads`, `tie_embeddings`, `p`, `operation` and `seed`
@@ -117,7 +154,10 @@ def create_model(
     "The model a configuration describes, on the CPU, initialised from its seed. Raises `ValueError` for an unknown `model_type`."
     task = Task(config.p, config.operation)
     with seeded(config.seed, "init"):
-        if config.model_type == "baseline": return BaselineMLP(task, config.hidden_dim, config.n_layers)
+        if config.model_type == "baseline":
+            return BaselineMLP(task, config.hidden_dim, config.n_layers)
         if config.model_type == "transformer":
-            return GrokTransformer(task, config.hidden_dim, config.n_layers, config.n_heads, config.tie_embeddings)
+            return GrokTransformer(
+                task, config.hidden_dim, config.n_layers, config.n_heads, config.tie_embeddings
+            )
     raise ValueError(f"model_type = {config.model_type!r}: must be one of {', '.join(MODELS)}")

@@ -26,10 +26,13 @@ def write_whole(
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(draft)
-        with open(draft, "rb+") as f: os.fsync(f.fileno())
+        with open(draft, "rb+") as f:
+            os.fsync(f.fileno())
         os.replace(draft, path)
-    finally: draft.unlink(missing_ok=True)
+    finally:
+        draft.unlink(missing_ok=True)
 
+# %% ../../nbs/core/05_run.ipynb #34b382a9
 def write_json(path: Path, values: dict) -> None:
     "A dict as readable JSON; numbers that JSON has no word for (nan, inf) are refused."
     text = json.dumps(values, indent=2, allow_nan=False) + "\n"
@@ -38,9 +41,10 @@ def write_json(path: Path, values: dict) -> None:
 # %% ../../nbs/core/05_run.ipynb #a72de452
 MEMORISED, GROKKED, IN_A_ROW = 0.99, 0.95, 5
 
+
 def first_sustained(
-    epochs,                       # `[n]` log points
-    values,                       # `[n]` what was measured there
+    epochs,  # `[n]` log points
+    values,  # `[n]` what was measured there
     threshold: float,
     in_a_row: int = 1,
 ) -> int | None:
@@ -48,13 +52,16 @@ def first_sustained(
     run = 0
     for k, value in enumerate(values):
         run = run + 1 if value >= threshold else 0
-        if run == in_a_row: return int(epochs[k - in_a_row + 1])
+        if run == in_a_row:
+            return int(epochs[k - in_a_row + 1])
     return None
 
+# %% ../../nbs/core/05_run.ipynb #3df22a36
 def memorised_epoch(history: pd.DataFrame) -> int | None:
     "First log point with training accuracy ≥ 0.99."
     return first_sustained(history.epoch.to_numpy(), history.train_acc, MEMORISED)
 
+# %% ../../nbs/core/05_run.ipynb #1697f072
 def grok_epoch(history: pd.DataFrame) -> int | None:
     "First of five consecutive log points with test accuracy ≥ 0.95."
     return first_sustained(history.epoch.to_numpy(), history.test_acc, GROKKED, IN_A_ROW)
@@ -62,18 +69,30 @@ def grok_epoch(history: pd.DataFrame) -> int | None:
 # %% ../../nbs/core/05_run.ipynb #25210dae
 FLUSH_SECONDS = 10.0
 
+
 class RunFolder:
     "One run's files under `path`. Make one with `RunFolder.create`; read one with `RunFolder(path)`."
+
     def __init__(self, path: str | Path):
         self.path, self.rows, self._flushed = Path(path), [], time.monotonic()
 
     @classmethod
-    def create(cls, root: str | Path, config: Config, environment: dict, overwrite: bool = False) -> "RunFolder":
+    def create(
+        cls, root: str | Path, config: Config, environment: dict, overwrite: bool = False
+    ) -> "RunFolder":
         "A new folder `root/<name>` with configuration and environment. `ConfigError` when it exists, unless `overwrite`."
         folder = cls(Path(root) / config.name)
         if folder.path.exists():
-            if not overwrite: raise ConfigError("exists already: give --resume to continue it, --overwrite to replace it, or another --name", source=str(folder.path))
-            if any(folder.path.iterdir()) and not folder.is_run: raise ConfigError("is not a run folder, so --overwrite leaves it alone; choose another --name", source=str(folder.path))
+            if not overwrite:
+                raise ConfigError(
+                    "exists already: give --resume to continue it, --overwrite to replace it, or another --name",
+                    source=str(folder.path),
+                )
+            if any(folder.path.iterdir()) and not folder.is_run:
+                raise ConfigError(
+                    "is not a run folder, so --overwrite leaves it alone; choose another --name",
+                    source=str(folder.path),
+                )
             shutil.rmtree(folder.path)
         folder.write_config(config)
         write_json(folder.path / "environment.json", environment)
@@ -81,33 +100,54 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         "Write `config.yaml`."
-        write_whole(self.path / "config.yaml", lambda draft: draft.write_text(to_yaml(config), encoding="utf-8"))
+        write_whole(
+            self.path / "config.yaml",
+            lambda draft: draft.write_text(to_yaml(config), encoding="utf-8"),
+        )
+
     @property
-    def is_run(self) -> bool: return (self.path / "config.yaml").is_file()
+    def is_run(self) -> bool:
+        return (self.path / "config.yaml").is_file()
+
     @property
     def config(self) -> Config:
         "The run's configuration."
-        return make_config(read_yaml(self.path / "config.yaml"), source=str(self.path / "config.yaml"))
+        return make_config(
+            read_yaml(self.path / "config.yaml"), source=str(self.path / "config.yaml")
+        )
+
     @property
-    def environment(self) -> dict: return json.loads((self.path / "environment.json").read_text())
+    def environment(self) -> dict:
+        return json.loads((self.path / "environment.json").read_text())
+
     @property
     def summary(self) -> dict:
         "The summary, or `{'status': 'running'}` while there is none."
         file = self.path / "summary.json"
         return json.loads(file.read_text()) if file.exists() else {"status": "running"}
+
     @property
     def history(self) -> pd.DataFrame:
         "The rows written so far."
         file = self.path / "history.parquet"
-        return pd.read_parquet(file) if file.exists() else pd.DataFrame({"epoch": [], "step": []}, dtype="int64")
+        return (
+            pd.read_parquet(file)
+            if file.exists()
+            else pd.DataFrame({"epoch": [], "step": []}, dtype="int64")
+        )
 
     def log(self, row: dict) -> None:
         "Add a row to the history; it is on disk within ten seconds, or at the next `flush`."
         self.rows.append(row)
-        if time.monotonic() - self._flushed > FLUSH_SECONDS: self.flush()
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
     def flush(self) -> None:
         "Write all rows."
-        write_whole(self.path / "history.parquet", lambda draft: pd.DataFrame(self.rows).to_parquet(draft, index=False))
+        write_whole(
+            self.path / "history.parquet",
+            lambda draft: pd.DataFrame(self.rows).to_parquet(draft, index=False),
+        )
         self._flushed = time.monotonic()
 
 # %% ../../nbs/core/05_run.ipynb #9046b744
@@ -115,15 +155,31 @@ def save_checkpoint(path: Path, state: dict) -> None:
     "Write a checkpoint, whole or not at all."
     write_whole(path, lambda draft: torch.save(state, draft))
 
+# %% ../../nbs/core/05_run.ipynb #08aad722
 def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict:
     "Read a checkpoint with `weights_only=True`; `ConfigError` naming the file when it is damaged."
-    try: return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
-        raise ConfigError(f"is not a readable checkpoint ({type(error).__name__}); delete it to use the one before", source=str(path)) from None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        ValueError,
+    ) as error:
+        raise ConfigError(
+            f"is not a readable checkpoint ({type(error).__name__}); delete it to use the one before",
+            source=str(path),
+        ) from None
 
+# %% ../../nbs/core/05_run.ipynb #22c084a2
 def checkpoints(folder: Path) -> list[Path]:
     "A run's numbered checkpoints, oldest first."
-    return sorted((f for f in (Path(folder) / "checkpoints").glob("*.pt") if f.stem.isdigit()), key=lambda f: int(f.stem))
+    return sorted(
+        (f for f in (Path(folder) / "checkpoints").glob("*.pt") if f.stem.isdigit()),
+        key=lambda f: int(f.stem),
+    )
 
 # %% ../../nbs/core/05_run.ipynb #a3dee00a
 def summarize(history: pd.DataFrame, status: str, **more) -> dict:
@@ -132,8 +188,21 @@ def summarize(history: pd.DataFrame, status: str, **more) -> dict:
     grokked = grok_epoch(history) if len(history) else None
     best = int(history.test_acc.argmax()) if len(history) else None
     finite = lambda v: None if v != v or v in (float("inf"), float("-inf")) else v
-    return {"status": status, "epochs": int(last.get("epoch", 0)), "steps": int(last.get("step", 0)),
-            **{f"final_{k}": finite(float(last[k])) for k in ("train_loss", "test_loss", "train_acc", "test_acc") if k in last},
-            "best_test_acc": None if best is None else float(history.test_acc.iloc[best]), "best_epoch": None if best is None else int(history.epoch.iloc[best]),
-            "memorised_epoch": memorised_epoch(history) if len(history) else None, "grok_epoch": grokked,
-            "lowest_test_acc_after_grok": None if grokked is None else float(history.test_acc[history.epoch >= grokked].min()), **more}
+    return {
+        "status": status,
+        "epochs": int(last.get("epoch", 0)),
+        "steps": int(last.get("step", 0)),
+        **{
+            f"final_{k}": finite(float(last[k]))
+            for k in ("train_loss", "test_loss", "train_acc", "test_acc")
+            if k in last
+        },
+        "best_test_acc": None if best is None else float(history.test_acc.iloc[best]),
+        "best_epoch": None if best is None else int(history.epoch.iloc[best]),
+        "memorised_epoch": memorised_epoch(history) if len(history) else None,
+        "grok_epoch": grokked,
+        "lowest_test_acc_after_grok": None
+        if grokked is None
+        else float(history.test_acc[history.epoch >= grokked].min()),
+        **more,
+    }

@@ -17,6 +17,7 @@ from .device import generator
 # %% ../../nbs/core/02_task.ipynb #0057f989
 OPERATIONS = ("add", "subtract", "multiply", "divide", "both")
 
+
 def is_prime(n: int) -> bool:
     "Whether `n` is prime, by trial division (moduli here are small)."
     return n > 1 and all(n % k for k in range(2, isqrt(n) + 1))
@@ -25,36 +26,60 @@ def is_prime(n: int) -> bool:
 @dataclass(frozen=True)
 class Task:
     "The task `(a, b) -> (a ∘ b) mod p` over all its pairs. Raises `ValueError` for p < 2, an unknown operation, or `divide` with a p that is not prime."
-    p: int = 113            # the modulus
+
+    p: int = 113  # the modulus
     operation: str = "add"  # one of `OPERATIONS`
 
     def __post_init__(self):
-        if self.p < 2: raise ValueError(f"p = {self.p}: the modulus must be 2 or larger")
-        if self.operation not in OPERATIONS: raise ValueError(f"operation = {self.operation!r}: must be one of {', '.join(OPERATIONS)}")
+        if self.p < 2:
+            raise ValueError(f"p = {self.p}: the modulus must be 2 or larger")
+        if self.operation not in OPERATIONS:
+            raise ValueError(
+                f"operation = {self.operation!r}: must be one of {', '.join(OPERATIONS)}"
+            )
         if self.operation == "divide" and not is_prime(self.p):
-            raise ValueError(f"p = {self.p}: operation 'divide' needs a prime modulus, since only then has every b ≠ 0 an inverse")
+            raise ValueError(
+                f"p = {self.p}: operation 'divide' needs a prime modulus, since only then has every b ≠ 0 an inverse"
+            )
 
     @property
-    def n_operations(self) -> int: return 2 if self.operation == "both" else 1
+    def n_operations(self) -> int:
+        return 2 if self.operation == "both" else 1
+
     @property
-    def n_pairs(self) -> int: return self.p * (self.p - 1) if self.operation == "divide" else self.n_operations * self.p**2
+    def n_pairs(self) -> int:
+        return (
+            self.p * (self.p - 1) if self.operation == "divide" else self.n_operations * self.p**2
+        )
 
 # %% ../../nbs/core/02_task.ipynb #5ab2e10e
 @dataclass(frozen=True)
 class Examples:
     "N examples of a task as integer tensors `[N]` on one device. Indexing with a tensor gives those examples."
-    task: Task
-    a: Tensor          # first operand, 0 … p-1
-    b: Tensor          # second operand, 0 … p-1
-    op: Tensor         # which operation: 0, or 1 for the multiplications of `both`
-    y: Tensor          # the answer, 0 … p-1
 
-    def __len__(self): return len(self.y)
-    def __getitem__(self, i): return Examples(self.task, self.a[i], self.b[i], self.op[i], self.y[i])
-    def to(self, device): return Examples(self.task, *(t.to(device) for t in (self.a, self.b, self.op, self.y)))
+    task: Task
+    a: Tensor  # first operand, 0 … p-1
+    b: Tensor  # second operand, 0 … p-1
+    op: Tensor  # which operation: 0, or 1 for the multiplications of `both`
+    y: Tensor  # the answer, 0 … p-1
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return Examples(self.task, self.a[i], self.b[i], self.op[i], self.y[i])
+
+    def to(self, device):
+        return Examples(self.task, *(t.to(device) for t in (self.a, self.b, self.op, self.y)))
+
     def __repr__(self):
-        sign = {"add": "+", "subtract": "-", "multiply": "·", "divide": "/"}.get(self.task.operation)
-        shown = [f"{a} {sign or '+·'[o]} {b} = {y}" for a, b, o, y in zip(*(t[:4].tolist() for t in (self.a, self.b, self.op, self.y)))]
+        sign = {"add": "+", "subtract": "-", "multiply": "·", "divide": "/"}.get(
+            self.task.operation
+        )
+        shown = [
+            f"{a} {sign or '+·'[o]} {b} = {y}"
+            for a, b, o, y in zip(*(t[:4].tolist() for t in (self.a, self.b, self.op, self.y)))
+        ]
         return f"{len(self):,} examples mod {self.task.p}: {', '.join(shown)}{', …' if len(self) > 4 else ''}"
 
 # %% ../../nbs/core/02_task.ipynb #357a5aa6
@@ -69,11 +94,15 @@ def examples(
     a, b = pair // m, pair % m + (p - m)
     return Examples(task, a, b, op, _answer(task, a, b, op))
 
+
 def _answer(task, a, b, op):
     p = task.p
-    if task.operation == "add": return (a + b) % p
-    if task.operation == "subtract": return (a - b) % p
-    if task.operation == "multiply": return a * b % p
+    if task.operation == "add":
+        return (a + b) % p
+    if task.operation == "subtract":
+        return (a - b) % p
+    if task.operation == "multiply":
+        return a * b % p
     if task.operation == "divide":
         inverse = torch.tensor([0] + [pow(k, -1, p) for k in range(1, p)])
         return a * inverse[b] % p
@@ -81,18 +110,30 @@ def _answer(task, a, b, op):
 
 # %% ../../nbs/core/02_task.ipynb #e4034c5b
 ENCODINGS = ("onehot", "tokens", "pair")
-ONEHOT_LIMIT = 4 * 2**30  # bytes; beyond this the table of unit vectors would crowd out everything else
+ONEHOT_LIMIT = (
+    4 * 2**30
+)  # bytes; beyond this the table of unit vectors would crowd out everything else
+
 
 def encode(e: Examples, encoding: str) -> Tensor:
     "The examples as model input: `[N, 2p]` float for `onehot`, `[N, 4]` int64 for `tokens`, `[N, 2]` int64 for `pair`."
     p, both = e.task.p, e.task.operation == "both"
-    if encoding == "tokens": return torch.stack([e.a, p + e.op, e.b, torch.full_like(e.a, vocabulary(e.task) - 1)], dim=1)
+    if encoding == "tokens":
+        return torch.stack(
+            [e.a, p + e.op, e.b, torch.full_like(e.a, vocabulary(e.task) - 1)], dim=1
+        )
     if encoding == "pair":
-        if both: raise ValueError("encoding 'pair' has no place for the operation of 'both'; use 'tokens' or 'onehot'")
+        if both:
+            raise ValueError(
+                "encoding 'pair' has no place for the operation of 'both'; use 'tokens' or 'onehot'"
+            )
         return torch.stack([e.a, e.b], dim=1)
-    if encoding != "onehot": raise ValueError(f"encoding = {encoding!r}: must be one of {', '.join(ENCODINGS)}")
+    if encoding != "onehot":
+        raise ValueError(f"encoding = {encoding!r}: must be one of {', '.join(ENCODINGS)}")
     if (size := len(e) * onehot_width(e.task) * 4) > ONEHOT_LIMIT:
-        raise ValueError(f"one-hot inputs for {len(e):,} examples at p = {p} take {size / 2**30:.0f} GiB; use a token model, or fewer examples")
+        raise ValueError(
+            f"one-hot inputs for {len(e):,} examples at p = {p} take {size / 2**30:.0f} GiB; use a token model, or fewer examples"
+        )
     parts = [F.one_hot(e.a, p), F.one_hot(e.b, p)] + ([F.one_hot(e.op, 2)] if both else [])
     return torch.cat(parts, dim=1).float()
 
@@ -101,18 +142,20 @@ def vocabulary(task: Task) -> int:
     "Number of tokens: p residues, the operations, and the equals sign (always the last)."
     return task.p + task.n_operations + 1
 
+# %% ../../nbs/core/02_task.ipynb #3b509895
 def onehot_width(task: Task) -> int:
     "Columns of the one-hot encoding."
     return 2 * task.p + (2 if task.operation == "both" else 0)
 
 # %% ../../nbs/core/02_task.ipynb #08e7e0c3
 def draw_distinct(
-    total: int,            # draw from 0 … total-1
-    size: int,             # how many distinct numbers
+    total: int,  # draw from 0 … total-1
+    size: int,  # how many distinct numbers
     rng: torch.Generator,
-) -> Tensor:               # `[size]` int64, in random order
+) -> Tensor:  # `[size]` int64, in random order
     "Distinct numbers, uniformly, in time and memory proportional to `size` when `size` is small against `total`."
-    if size > total // 4: return torch.randperm(total, generator=rng)[:size]
+    if size > total // 4:
+        return torch.randperm(total, generator=rng)[:size]
     drawn = torch.empty(0, dtype=torch.int64)
     while len(drawn) < size:
         more = torch.randint(total, (size - len(drawn) + 64,), generator=rng)
@@ -123,6 +166,7 @@ def draw_distinct(
 @dataclass(frozen=True)
 class Split:
     "Training and test examples of one task, disjoint."
+
     train: Examples
     test: Examples
 
@@ -130,54 +174,76 @@ class Split:
     def all(self) -> Examples:
         "Every pair of the task in the order of its number, in the split or not (`[p²]`; for small p)."
         return examples(self.train.task).to(self.train.y.device)
-    def to(self, device): return Split(self.train.to(device), self.test.to(device))
-    def __repr__(self): return f"train: {self.train}\ntest:  {self.test}"
+
+    def to(self, device):
+        return Split(self.train.to(device), self.test.to(device))
+
+    def __repr__(self):
+        return f"train: {self.train}\ntest:  {self.test}"
 
 # %% ../../nbs/core/02_task.ipynb #96e0b896
 def make_split(
     task: Task,
-    train_frac: float = 0.3,         # fraction of all pairs; ignored when sizes are given
+    train_frac: float = 0.3,  # fraction of all pairs; ignored when sizes are given
     data_seed: int = 42,
-    train_size: int | None = None,   # both sizes or none
+    train_size: int | None = None,  # both sizes or none
     test_size: int | None = None,
     device: str | torch.device = "cpu",
-) -> Split:                          # raises `ValueError` when the sizes do not fit
+) -> Split:  # raises `ValueError` when the sizes do not fit
     "Draw training and test pairs: by fraction (test gets all the rest), or by two sizes."
     total = task.n_pairs
-    if (train_size is None) != (test_size is None): raise ValueError("train_size and test_size go together: give both or neither")
+    if (train_size is None) != (test_size is None):
+        raise ValueError("train_size and test_size go together: give both or neither")
     if train_size is None:
-        if not 0 < train_frac < 1: raise ValueError(f"train_frac = {train_frac}: must lie strictly between 0 and 1")
+        if not 0 < train_frac < 1:
+            raise ValueError(f"train_frac = {train_frac}: must lie strictly between 0 and 1")
         train_size = round(train_frac * total)
         test_size = total - train_size
-    if min(train_size, test_size) < 1: raise ValueError(f"the split leaves {train_size} training and {test_size} test pairs of {total}; each needs at least 1")
-    if train_size + test_size > total: raise ValueError(f"train_size + test_size = {train_size + test_size:,}, but p = {task.p} has {total:,} pairs")
+    if min(train_size, test_size) < 1:
+        raise ValueError(
+            f"the split leaves {train_size} training and {test_size} test pairs of {total}; each needs at least 1"
+        )
+    if train_size + test_size > total:
+        raise ValueError(
+            f"train_size + test_size = {train_size + test_size:,}, but p = {task.p} has {total:,} pairs"
+        )
     codes = draw_distinct(total, train_size + test_size, generator(data_seed, "data"))
     return Split(examples(task, codes[:train_size]), examples(task, codes[train_size:])).to(device)
 
 # %% ../../nbs/core/02_task.ipynb #a11ade50
 ORDERINGS = ("random", "fixed-random", "stride", "target")
 
+
 def fixed_order(
     e: Examples,
-    ordering: str,              # `stride` or `target`
+    ordering: str,  # `stride` or `target`
     stride: int | None = None,  # s; floor(sqrt(p)) when `None`
-) -> Tensor:                    # `[N]` int64
+) -> Tensor:  # `[N]` int64
     "The order that sorts the examples by stride group or by answer; ties keep their order."
-    if ordering == "target": return torch.argsort(e.y, stable=True)
+    if ordering == "target":
+        return torch.argsort(e.y, stable=True)
     s = stride or isqrt(e.task.p)
     return torch.argsort((e.a % s) * e.task.p + e.a, stable=True)
 
 # %% ../../nbs/core/02_task.ipynb #85553b41
 def epoch_orders(
     e: Examples,
-    ordering: str = "random",   # one of `ORDERINGS`
+    ordering: str = "random",  # one of `ORDERINGS`
     stride: int | None = None,  # for `stride`
-    rng: torch.Generator | None = None,  # for the two random orders; drawn from once per epoch by `random`, once in all by `fixed-random`
+    rng: torch.Generator
+    | None = None,  # for the two random orders; drawn from once per epoch by `random`, once in all by `fixed-random`
 ):
     "Endless iterator over epochs: each item is a permutation `[N]` of the examples, on their device."
-    if ordering not in ORDERINGS: raise ValueError(f"ordering = {ordering!r}: must be one of {', '.join(ORDERINGS)}")
+    if ordering not in ORDERINGS:
+        raise ValueError(f"ordering = {ordering!r}: must be one of {', '.join(ORDERINGS)}")
     n, device = len(e), e.y.device
     if ordering == "random":
-        while True: yield torch.randperm(n, generator=rng).to(device)
-    order = torch.randperm(n, generator=rng).to(device) if ordering == "fixed-random" else fixed_order(e, ordering, stride)
-    while True: yield order
+        while True:
+            yield torch.randperm(n, generator=rng).to(device)
+    order = (
+        torch.randperm(n, generator=rng).to(device)
+        if ordering == "fixed-random"
+        else fixed_order(e, ordering, stride)
+    )
+    while True:
+        yield order

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from .config import Config, ConfigError, config_keys, make_config, with_values
 from .device import deterministic, environment, generator, resolve_device, threads
 from .models import create_model
-from .run import IN_A_ROW, RunFolder, checkpoints, load_checkpoint, save_checkpoint, summarize, write_json
+from lal.core.run import (
+    IN_A_ROW,
+    RunFolder,
+    checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    summarize,
+    write_json,
+)
 from .task import Task, encode, epoch_orders, make_split
 
 # %% ../../nbs/core/06_trainer.ipynb #39bc07a6
@@ -28,38 +36,64 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = Fa
     "Optimizer groups: decayed matrices first, then everything else with decay 0."
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed = [decay_all or (p.ndim > 1 and id(p) not in embeddings) for p in model.parameters()]
-    groups = [[p for p, d in zip(model.parameters(), decayed) if d], [p for p, d in zip(model.parameters(), decayed) if not d]]
-    return [{"params": params, "weight_decay": decay} for params, decay in zip(groups, (weight_decay, 0.0)) if params]
+    groups = [
+        [p for p, d in zip(model.parameters(), decayed) if d],
+        [p for p, d in zip(model.parameters(), decayed) if not d],
+    ]
+    return [
+        {"params": params, "weight_decay": decay}
+        for params, decay in zip(groups, (weight_decay, 0.0))
+        if params
+    ]
 
+# %% ../../nbs/core/06_trainer.ipynb #a16bb1e8
 def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     "AdamW, Adam or SGD with the configuration's numbers, in PyTorch's fused form where the device has one."
-    groups, fused = parameter_groups(model, config.weight_decay, config.decay_all), next(model.parameters()).device.type in ("cpu", "cuda")
-    if config.optimizer == "sgd": return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+    groups, fused = (
+        parameter_groups(model, config.weight_decay, config.decay_all),
+        next(model.parameters()).device.type in ("cpu", "cuda"),
+    )
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     Adam = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
-    return Adam(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    return Adam(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused
+    )
 
 # %% ../../nbs/core/06_trainer.ipynb #022c2c29
 def lr_factor(config: Config, epoch: int) -> float:
     "The multiplier m(epoch) of the peak learning rate, in (0, 1]."
     w, T = config.warmup_epochs, config.epochs
-    if epoch < w: return (epoch + 1) / (w + 1)
-    if config.scheduler == "constant": return 1.0
+    if epoch < w:
+        return (epoch + 1) / (w + 1)
+    if config.scheduler == "constant":
+        return 1.0
     low = config.min_lr / config.lr
     return low + (1 - low) * (1 + math.cos(math.pi * min(1.0, (epoch - w) / (T - w)))) / 2
 
 # %% ../../nbs/core/06_trainer.ipynb #3899bd9b
 CHUNK = 65_536  # examples evaluated at once
 
+
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     "Mean cross-entropy (nats) and accuracy over all examples, as device scalars."
-    double = torch.float32 if y.device.type == "mps" else torch.float64  # mps has no double precision
-    loss, right = torch.zeros((), dtype=double, device=y.device), torch.zeros((), dtype=torch.int64, device=y.device)
+    double = (
+        torch.float32 if y.device.type == "mps" else torch.float64
+    )  # mps has no double precision
+    loss, right = (
+        torch.zeros((), dtype=double, device=y.device),
+        torch.zeros((), dtype=torch.int64, device=y.device),
+    )
     for xs, ys in zip(x.split(CHUNK), y.split(CHUNK)):
         logits = model(xs)
-        loss, right = loss + F.cross_entropy(logits, ys, reduction="sum"), right + (logits.argmax(1) == ys).sum()
+        loss, right = (
+            loss + F.cross_entropy(logits, ys, reduction="sum"),
+            right + (logits.argmax(1) == ys).sum(),
+        )
     return loss / len(y), right / len(y)
 
+# %% ../../nbs/core/06_trainer.ipynb #f181d98b
 @torch.no_grad()
 def weight_norm(model: nn.Module) -> Tensor:
     "Euclidean norm of all parameters together, as a device scalar."
@@ -68,61 +102,93 @@ def weight_norm(model: nn.Module) -> Tensor:
 # %% ../../nbs/core/06_trainer.ipynb #1ac9f71b
 class NonFiniteLoss(RuntimeError):
     "The loss stopped being a finite number."
+
     def __init__(self, epoch: int, checkpoint: Path | None, config: Config):
-        blame = [f"lr = {config.lr:g} (try a smaller one)"] + (["grad_clip = null (try 1.0)"] if config.grad_clip is None else [])
+        blame = [f"lr = {config.lr:g} (try a smaller one)"] + (
+            ["grad_clip = null (try 1.0)"] if config.grad_clip is None else []
+        )
         blame += ["warmup_epochs = 0 (try some)"] if config.warmup_epochs == 0 else []
-        super().__init__(f"the loss stopped being finite in epoch {epoch}; last finite checkpoint: {checkpoint or 'none yet'}; most likely to blame: {', '.join(blame)}")
+        super().__init__(
+            f"the loss stopped being finite in epoch {epoch}; last finite checkpoint: {checkpoint or 'none yet'}; most likely to blame: {', '.join(blame)}"
+        )
 
 # %% ../../nbs/core/06_trainer.ipynb #02d12fea
 class Interrupted(KeyboardInterrupt):
     "Training was asked to stop; a checkpoint was written and the run resumes."
 
+# %% ../../nbs/core/06_trainer.ipynb #a708e784
 @contextmanager
 def stop_requests():
     "Yields a list that receives the signal number when Ctrl-C or SIGTERM arrives (in the main thread; elsewhere it stays empty)."
     asked, before = [], {}
+
     def ask(number, frame):
-        if asked: raise KeyboardInterrupt
+        if asked:
+            raise KeyboardInterrupt
         asked.append(number)
+
     try:
-        for number in (signal.SIGINT, signal.SIGTERM): before[number] = signal.signal(number, ask)
-    except ValueError: pass  # signals reach the main thread only
-    try: yield asked
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    except ValueError:
+        pass  # signals reach the main thread only
+    try:
+        yield asked
     finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 # %% ../../nbs/core/06_trainer.ipynb #723674d8
 def log_line(row: dict) -> str:
     "One log point as a line of text."
-    return (f"Epoch {row['epoch']:7d} | Train: {row['train_acc']:6.1%} | Test: {row['test_acc']:6.1%} | Loss: {row['train_loss']:.2e}, wnorm={row['total_weight_norm']:.1f}")
+    return f"Epoch {row['epoch']:7d} | Train: {row['train_acc']:6.1%} | Test: {row['test_acc']:6.1%} | Loss: {row['train_loss']:.2e}, wnorm={row['total_weight_norm']:.1f}"
 
+# %% ../../nbs/core/06_trainer.ipynb #1dd2c011
 class Reporter:
     "Bar and log lines on a terminal; silent when `show` is false."
+
     def __init__(self, config: Config, show: bool):
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.fields[note]}"),
-                            TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=not show)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not show,
+        )
         self.task = self.bar.add_task(config.name, total=config.epochs, note="")
         self.show = show
+
     def __enter__(self):
         self.bar.start()
         return self
-    def __exit__(self, *_): self.bar.stop()
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
     def log(self, row: dict) -> None:
-        if not self.show: return
+        if not self.show:
+            return
         self.bar.update(self.task, note=f"train {row['train_acc']:.0%} test {row['test_acc']:.0%}")
         self.bar.console.print(log_line(row), highlight=False)
-    def epoch(self, epoch: int) -> None: self.bar.update(self.task, completed=epoch)
+
+    def epoch(self, epoch: int) -> None:
+        self.bar.update(self.task, completed=epoch)
 
 # %% ../../nbs/core/06_trainer.ipynb #2aad27a1
 @dataclass
 class TrainState:
     "What training changes: model, optimizer, learning-rate schedule, the order's generator, and how far it has come."
+
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     order: torch.Generator
     epoch: int = 0  # completed
-    step: int = 0   # completed
+    step: int = 0  # completed
     best: dict | None = None  # weights, epoch and accuracy at the best log point so far
 
     @classmethod
@@ -130,16 +196,34 @@ class TrainState:
         "The state before the first epoch."
         model = create_model(config).to(device)
         optimizer = create_optimizer(config, model)
-        return cls(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: lr_factor(config, t)), generator(config.seed, "order"))
+        return cls(
+            model,
+            optimizer,
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: lr_factor(config, t)),
+            generator(config.seed, "order"),
+        )
+
     def checkpoint(self) -> dict:
         "As plain values and tensors, loadable with `weights_only=True`."
-        return {"format": 1, "epoch": self.epoch, "step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"}, "generators": {"order": self.order.get_state()}}
+        return {
+            "format": 1,
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {
+                k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"
+            },
+            "generators": {"order": self.order.get_state()},
+        }
+
     def restore(self, saved: dict) -> None:
         "Continue from what `checkpoint` gave."
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict({**saved["scheduler"], "lr_lambdas": [None] * len(self.optimizer.param_groups)})
+        self.scheduler.load_state_dict(
+            {**saved["scheduler"], "lr_lambdas": [None] * len(self.optimizer.param_groups)}
+        )
         self.order.set_state(saved["generators"]["order"].cpu())
         self.epoch, self.step = saved["epoch"], saved["step"]
 
@@ -153,7 +237,8 @@ def train_epoch(state: TrainState, config: Config, x: Tensor, y: Tensor, orders)
         state.optimizer.zero_grad()
         loss = F.cross_entropy(state.model(xs), ys)
         loss.backward()
-        if config.grad_clip is not None: nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+        if config.grad_clip is not None:
+            nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
         state.optimizer.step()
         total += loss.detach()
         state.step += 1
@@ -164,65 +249,138 @@ def train_epoch(state: TrainState, config: Config, x: Tensor, y: Tensor, orders)
 # %% ../../nbs/core/06_trainer.ipynb #afbf856e
 class Recorder:
     "Measures, checks and writes what one run has to show."
-    def __init__(self, config: Config, state: TrainState, folder: RunFolder, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]):
-        self.config, self.state, self.folder, self.train, self.test = config, state, folder, train, test
-        self.bad = torch.full((), math.inf, device=train[1].device)  # first epoch whose loss was not finite
+
+    def __init__(
+        self,
+        config: Config,
+        state: TrainState,
+        folder: RunFolder,
+        train: tuple[Tensor, Tensor],
+        test: tuple[Tensor, Tensor],
+    ):
+        self.config, self.state, self.folder, self.train, self.test = (
+            config,
+            state,
+            folder,
+            train,
+            test,
+        )
+        self.bad = torch.full(
+            (), math.inf, device=train[1].device
+        )  # first epoch whose loss was not finite
 
     def watch(self, total: Tensor) -> None:
         "Remember, on the device, the first epoch whose sum of losses was not finite."
-        self.bad = torch.where(torch.isfinite(total), self.bad, self.bad.clamp(max=self.state.epoch))
+        self.bad = torch.where(
+            torch.isfinite(total), self.bad, self.bad.clamp(max=self.state.epoch)
+        )
+
     def log(self) -> dict:
         "Measure and add a row to the history. Raises `NonFiniteLoss`."
         s = self.state
-        measured = [*evaluate(s.model, *self.train), *evaluate(s.model, *self.test), weight_norm(s.model), self.bad]
-        train_loss, train_acc, test_loss, test_acc, norm, bad = torch.stack([m.cpu().double() if m.device.type == "mps" else m.double() for m in measured]).tolist()
-        if not math.isfinite(train_loss): bad = min(bad, s.epoch)
+        measured = [
+            *evaluate(s.model, *self.train),
+            *evaluate(s.model, *self.test),
+            weight_norm(s.model),
+            self.bad,
+        ]
+        train_loss, train_acc, test_loss, test_acc, norm, bad = torch.stack(
+            [m.cpu().double() if m.device.type == "mps" else m.double() for m in measured]
+        ).tolist()
+        if not math.isfinite(train_loss):
+            bad = min(bad, s.epoch)
         self.check(bad)
-        row = {"epoch": s.epoch, "step": s.step, "train_loss": train_loss, "test_loss": test_loss, "train_acc": train_acc, "test_acc": test_acc,
-               "lr": s.scheduler.get_last_lr()[0], "total_weight_norm": norm}
+        row = {
+            "epoch": s.epoch,
+            "step": s.step,
+            "train_loss": train_loss,
+            "test_loss": test_loss,
+            "train_acc": train_acc,
+            "test_acc": test_acc,
+            "lr": s.scheduler.get_last_lr()[0],
+            "total_weight_norm": norm,
+        }
         if s.best is None or test_acc > s.best["test_acc"]:
-            s.best = {"epoch": s.epoch, "step": s.step, "test_acc": test_acc, "model": {k: v.clone() for k, v in s.model.state_dict().items()}}
+            s.best = {
+                "epoch": s.epoch,
+                "step": s.step,
+                "test_acc": test_acc,
+                "model": {k: v.clone() for k, v in s.model.state_dict().items()},
+            }
         self.folder.log(row)
         return row
+
     def save(self) -> None:
         "Write history, best weights and checkpoint. Weights that are not finite are never saved."
         s, files = self.state, self.folder.path / "checkpoints"
-        self.check(float(self.bad) if math.isfinite(float(weight_norm(s.model))) else min(float(self.bad), s.epoch))
+        self.check(
+            float(self.bad)
+            if math.isfinite(float(weight_norm(s.model)))
+            else min(float(self.bad), s.epoch)
+        )
         self.folder.flush()
-        if s.best: save_checkpoint(files / "best.pt", s.best)
+        if s.best:
+            save_checkpoint(files / "best.pt", s.best)
         save_checkpoint(files / f"{s.epoch}.pt", s.checkpoint())
+
     def check(self, bad: float) -> None:
-        if math.isfinite(bad): raise NonFiniteLoss(int(bad), (checkpoints(self.folder.path) or [None])[-1], self.config)
+        if math.isfinite(bad):
+            raise NonFiniteLoss(
+                int(bad), (checkpoints(self.folder.path) or [None])[-1], self.config
+            )
+
     def reached(self) -> bool:
         "Whether the stopping rule is met: test accuracy high at five log points in a row."
         rows = self.folder.rows[-IN_A_ROW:]
-        return (self.config.stop_at_test_acc is not None and not self.config.extra_epochs
-                and len(rows) == IN_A_ROW and all(row["test_acc"] >= self.config.stop_at_test_acc for row in rows))
+        return (
+            self.config.stop_at_test_acc is not None
+            and not self.config.extra_epochs
+            and len(rows) == IN_A_ROW
+            and all(row["test_acc"] >= self.config.stop_at_test_acc for row in rows)
+        )
 
 # %% ../../nbs/core/06_trainer.ipynb #f0b91268
 class Trainer:
     "Trains one configuration into a run folder `root/<name>`."
-    def __init__(self,
+
+    def __init__(
+        self,
         config: Config,
-        root: str | Path = "runs",     # where run folders live
-        overwrite: bool = False,       # replace an existing run of that name
+        root: str | Path = "runs",  # where run folders live
+        overwrite: bool = False,  # replace an existing run of that name
         progress: bool | None = None,  # bar and log lines; by default only on a terminal
     ):
-        if config.seeds is not None: raise ConfigError("a Trainer trains one seed; make one for each of `one_per_seed(config)`", "seeds", config.seeds)
+        if config.seeds is not None:
+            raise ConfigError(
+                "a Trainer trains one seed; make one for each of `one_per_seed(config)`",
+                "seeds",
+                config.seeds,
+            )
         self.config, self.root, self.overwrite = config, Path(root), overwrite
         self.progress = sys.stderr.isatty() if progress is None else progress
-        try: self.device = resolve_device(config.device)
-        except ValueError as error: raise ConfigError(str(error), "device", config.device) from None
+        try:
+            self.device = resolve_device(config.device)
+        except ValueError as error:
+            raise ConfigError(str(error), "device", config.device) from None
 
     def fit(self, resume: bool = False, extra_epochs: int = 0) -> RunFolder:
         "Train to the end; or continue a stopped run (`resume`); or go on after the end (`extra_epochs`). Raises `NonFiniteLoss`, `Interrupted`."
-        with threads(self.config.threads): return self._fit(resume, extra_epochs)
+        with threads(self.config.threads):
+            return self._fit(resume, extra_epochs)
 
     def _fit(self, resume: bool, extra_epochs: int) -> RunFolder:
         recorder = self._open(resume or extra_epochs > 0, extra_epochs)
-        began, before, status = time.perf_counter(), self.folder.summary.get("seconds", 0.0), {"status": "failed"}
+        began, before, status = (
+            time.perf_counter(),
+            self.folder.summary.get("seconds", 0.0),
+            {"status": "failed"},
+        )
         try:
-            with deterministic(self.config.deterministic), stop_requests() as asked, Reporter(self.config, self.progress) as reporter:
+            with (
+                deterministic(self.config.deterministic),
+                stop_requests() as asked,
+                Reporter(self.config, self.progress) as reporter,
+            ):
                 self._run(recorder, reporter, asked)
             status = {"status": "finished"}
         except KeyboardInterrupt:
@@ -233,43 +391,81 @@ class Trainer:
             raise
         finally:
             self.folder.flush()
-            seconds, n = before + time.perf_counter() - began, sum(p.numel() for p in self.state.model.parameters())
-            write_json(self.folder.path / "summary.json", summarize(pd.DataFrame(self.folder.rows), **status, seconds=seconds, parameters=n))
+            seconds, n = (
+                before + time.perf_counter() - began,
+                sum(p.numel() for p in self.state.model.parameters()),
+            )
+            write_json(
+                self.folder.path / "summary.json",
+                summarize(pd.DataFrame(self.folder.rows), **status, seconds=seconds, parameters=n),
+            )
         return self.folder
 
     def _open(self, resume: bool, extra_epochs: int) -> Recorder:
         path, device = self.root / self.config.name, self.device
-        self.folder = self._reopen(path, extra_epochs) if resume else RunFolder.create(self.root, self.config, environment(device), self.overwrite)
+        self.folder = (
+            self._reopen(path, extra_epochs)
+            if resume
+            else RunFolder.create(self.root, self.config, environment(device), self.overwrite)
+        )
         c = self.config
         self.state = TrainState.create(c, device)
         if resume and (saved := checkpoints(path)):
             self.state.restore(load_checkpoint(saved[-1], device))
-            self.folder.rows = [row for row in self.folder.history.to_dict("records") if row["epoch"] <= self.state.epoch]
+            self.folder.rows = [
+                row
+                for row in self.folder.history.to_dict("records")
+                if row["epoch"] <= self.state.epoch
+            ]
             best = load_checkpoint(path / "checkpoints" / "best.pt", device)
-            self.state.best = best if best["epoch"] <= self.state.epoch else None  # a later one will be met again
-        split = make_split(Task(c.p, c.operation), c.train_frac, c.data_seed, c.train_size, c.test_size, device)
-        train, test = ((encode(e, self.state.model.encoding), e.y) for e in (split.train, split.test))
+            self.state.best = (
+                best if best["epoch"] <= self.state.epoch else None
+            )  # a later one will be met again
+        split = make_split(
+            Task(c.p, c.operation), c.train_frac, c.data_seed, c.train_size, c.test_size, device
+        )
+        train, test = (
+            (encode(e, self.state.model.encoding), e.y) for e in (split.train, split.test)
+        )
         # only `random` advances the generator; `fixed-random` draws its one shuffle from the start of the stream again
-        self.orders = epoch_orders(split.train, c.ordering, c.stride, self.state.order if c.ordering == "random" else generator(c.seed, "order"))
+        self.orders = epoch_orders(
+            split.train,
+            c.ordering,
+            c.stride,
+            self.state.order if c.ordering == "random" else generator(c.seed, "order"),
+        )
         return Recorder(c, self.state, self.folder, train, test)
 
     def _reopen(self, path: Path, extra_epochs: int) -> RunFolder:
-        if not (folder := RunFolder(path)).is_run: raise ConfigError("there is no run to resume here", source=str(path))
+        if not (folder := RunFolder(path)).is_run:
+            raise ConfigError("there is no run to resume here", source=str(path))
         theirs = folder.config
         for name in config_keys(theirs.experiment):
-            if name not in ("device", "threads", "extra_epochs", "description") and getattr(theirs, name) != getattr(self.config, name):
-                raise ConfigError(f"the run in {path} has {name} = {getattr(theirs, name)}; a resumed run goes on as it began", name, getattr(self.config, name))
-        self.config = with_values(theirs, device=self.config.device, extra_epochs=theirs.extra_epochs + extra_epochs)
+            if name not in ("device", "threads", "extra_epochs", "description") and getattr(
+                theirs, name
+            ) != getattr(self.config, name):
+                raise ConfigError(
+                    f"the run in {path} has {name} = {getattr(theirs, name)}; a resumed run goes on as it began",
+                    name,
+                    getattr(self.config, name),
+                )
+        self.config = with_values(
+            theirs, device=self.config.device, extra_epochs=theirs.extra_epochs + extra_epochs
+        )
         folder.write_config(self.config)
         return folder
 
     def _run(self, recorder: Recorder, reporter: Reporter, asked: list) -> None:
         c, s = self.config, self.state
         last = c.epochs + c.extra_epochs
-        if s.epoch == 0: reporter.log(recorder.log())
+        if s.epoch == 0:
+            reporter.log(recorder.log())
         while s.epoch < last and not recorder.reached():
             recorder.watch(train_epoch(s, c, *recorder.train, self.orders))
-            if s.epoch % c.log_every == 0 or s.epoch == last: reporter.log(recorder.log())
-            if s.epoch % c.checkpoint_every == 0 or s.epoch == last or asked or recorder.reached(): recorder.save()
+            if s.epoch % c.log_every == 0 or s.epoch == last:
+                reporter.log(recorder.log())
+            if s.epoch % c.checkpoint_every == 0 or s.epoch == last or asked or recorder.reached():
+                recorder.save()
             reporter.epoch(s.epoch)
-            if asked and s.epoch < last: raise Interrupted(f"stopped after epoch {s.epoch}")
+            if asked and s.epoch < last:
+                raise Interrupted(f"stopped after epoch {s.epoch}")
