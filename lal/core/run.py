@@ -136,6 +136,14 @@ class RunFolder:
             else pd.DataFrame({"epoch": [], "step": []}, dtype="int64")
         )
 
+    def write_summary(self, summary: dict) -> None:
+        "Write `summary.json`."
+        write_json(self.path / "summary.json", summary)
+
+    def mark_running(self) -> None:
+        "Take the summary of an earlier end away: the run goes on."
+        (self.path / "summary.json").unlink(missing_ok=True)
+
     def log(self, row: dict) -> None:
         "Add a row to the history; it is on disk within ten seconds, or at the next `flush`."
         self.rows.append(row)
