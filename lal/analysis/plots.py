@@ -13,7 +13,16 @@ from plotly.subplots import make_subplots
 from ..core.run import GROKKED, MEMORISED, grok_epoch, memorised_epoch
 
 # %% ../../nbs/analysis/01_plots.ipynb #cd8941cc
-PALETTE = ("#2487c9", "#e06a1b", "#0f9f77", "#c4679b", "#d39a00", "#4bacd8", "#8a7fd0", "#8c8c8c")
+PALETTE = (
+    "#2487c9",
+    "#e06a1b",
+    "#0f9f77",
+    "#c4679b",
+    "#d39a00",
+    "#4bacd8",
+    "#8a7fd0",
+    "#8c8c8c",
+)
 COLORS = {
     "train": "#2487c9",
     "test": "#e06a1b",
@@ -39,13 +48,20 @@ TEMPLATE = go.layout.Template(
         plot_bgcolor="rgba(0,0,0,0)",
         colorway=list(PALETTE),
         font=dict(family="system-ui, sans-serif", size=13, color="#808890"),
-        title=dict(x=0, xref="container", xanchor="left", pad=dict(l=8), font=dict(size=15)),
+        title=dict(
+            x=0, xref="container", xanchor="left", pad=dict(l=8), font=dict(size=15)
+        ),
         xaxis=_AXIS,
         yaxis=_AXIS,
         margin=dict(l=8, r=8, t=56, b=8),
         hovermode="closest",
         legend=dict(
-            orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right", bgcolor="rgba(0,0,0,0)"
+            orientation="h",
+            y=1.0,
+            yanchor="bottom",
+            x=1,
+            xanchor="right",
+            bgcolor="rgba(0,0,0,0)",
         ),
     )
 )
@@ -89,7 +105,9 @@ def thin(
         return np.arange(len(values))
     stretches = np.array_split(np.arange(len(values)), n // 2)
     kept = [
-        stretch[pick(values[stretch])] for stretch in stretches for pick in (np.argmin, np.argmax)
+        stretch[pick(values[stretch])]
+        for stretch in stretches
+        for pick in (np.argmin, np.argmax)
     ]
     return np.unique([0, *kept, len(values) - 1])
 
@@ -110,9 +128,7 @@ def finding(runs) -> str:
         middle = "" if len(both) == 1 else " (medians)"
         if g <= m:
             return f"{what} generalised at epoch {g:,.0f}, no later than memorising{middle}".capitalize()
-        return (
-            f"{what} memorised at epoch {m:,.0f} and generalised at {g:,.0f}{middle}".capitalize()
-        )
+        return f"{what} memorised at epoch {m:,.0f} and generalised at {g:,.0f}{middle}".capitalize()
     if any(m is not None for m, _ in stages):
         return f"{'The run' if len(runs) == 1 else 'Runs'} memorised, and did not generalise"
     return f"{'The run' if len(runs) == 1 else 'No run'} {'did not memorise' if len(runs) == 1 else 'memorised'}"
@@ -124,7 +140,7 @@ def training_curves(
     log_epochs: bool = False,  # logarithmic epoch axis
     height: int = 560,
 ) -> go.Figure:
-    "Accuracy above, loss below, over epochs; training blue, test orange; memorised and grokked marked."
+    "Accuracy above, loss below, over epochs; memorised and grokked marked."
     runs = list(runs) if isinstance(runs, (list, tuple)) else [runs]
     fig = figure(
         finding(runs) if title is None else title,
@@ -137,7 +153,9 @@ def training_curves(
         for part in ("train", "test"):
             for row, quantity in ((1, "acc"), (2, "loss")):
                 fig.add_trace(
-                    _curve(run, part, quantity, log_epochs, legend=number == 0 and row == 1),
+                    _curve(
+                        run, part, quantity, log_epochs, legend=number == 0 and row == 1
+                    ),
                     row=row,
                     col=1,
                 )
@@ -147,30 +165,27 @@ def training_curves(
         ):
             if epoch is not None:
                 fig.add_trace(_dot(run, part, epoch), row=1, col=1)
-    for part, level in (("train", MEMORISED), ("test", GROKKED)):
-        fig.add_hline(
-            y=level,
-            line=dict(color=COLORS[part], width=1, dash="dot"),
-            row=1,
-            col=1,
-            annotation=dict(
-                text=f"{level:.0%} {part}",
-                font=dict(size=11, color=COLORS[part]),
-                xanchor="right",
-                x=1,
-                y=1.0 if part == "train" else level - 0.01,
-                yanchor="bottom" if part == "train" else "top",
-            ),
-        )
+    _mark_level(fig, "train", MEMORISED, y=1.0, yanchor="bottom")
+    _mark_level(fig, "test", GROKKED, y=GROKKED - 0.01, yanchor="top")
     fig.update_xaxes(title="epoch", row=2, col=1)
     if log_epochs:
         fig.update_xaxes(type="log")
-    fig.update_yaxes(title="accuracy", tickformat=".0%", range=[-0.02, 1.08], row=1, col=1)
+    fig.update_yaxes(
+        title="accuracy", tickformat=".0%", range=[-0.02, 1.08], row=1, col=1
+    )
     return fig.update_yaxes(
         title="loss (nats)", type="log", dtick=1, exponentformat="power", row=2, col=1
     )
 
 # %% ../../nbs/analysis/01_plots.ipynb #77b770e5
+def _mark_level(fig: go.Figure, part: str, level: float, **place) -> None:
+    color = COLORS[part]
+    label = dict(text=f"{level:.0%} {part}", x=1, xanchor="right", **place)
+    line = dict(color=color, width=1, dash="dot")
+    label["font"] = dict(size=11, color=color)
+    fig.add_hline(y=level, line=line, annotation=label, row=1, col=1)
+
+
 def _curve(run, part: str, quantity: str, log_epochs: bool, legend: bool) -> go.Scatter:
     h = run.history[run.history.epoch > 0] if log_epochs else run.history
     h = h.iloc[thin(h[f"{part}_{quantity}"])]

@@ -21,7 +21,11 @@ def stages_table(runs: list[Run]) -> pd.DataFrame:
     rows = []
     for run in runs:
         m, g, s = run.memorised_epoch, run.grok_epoch, run.summary
-        after = run.history.test_acc[run.history.epoch >= g].min() if g is not None else None
+        after = (
+            run.history.test_acc[run.history.epoch >= g].min()
+            if g is not None
+            else None
+        )
         rows.append(
             {
                 "run": run.name,
@@ -30,14 +34,18 @@ def stages_table(runs: list[Run]) -> pd.DataFrame:
                 "grokked (epoch)": g,
                 "delay": f"{g / m:.1f}×" if m and g else "",
                 "test accuracy when memorised": _percent(
-                    run.history.test_acc[run.history.epoch == m].min() if m is not None else None
+                    run.history.test_acc[run.history.epoch == m].min()
+                    if m is not None
+                    else None
                 ),
                 "lowest test accuracy after grokking": _percent(after),
                 "last test accuracy": _percent(run.history.test_acc.iloc[-1]),
                 "seconds": f"{s['seconds']:.1f}" if "seconds" in s else "",
             }
         )
-    return pd.DataFrame(rows).astype({"memorised (epoch)": "Int64", "grokked (epoch)": "Int64"})
+    return pd.DataFrame(rows).astype(
+        {"memorised (epoch)": "Int64", "grokked (epoch)": "Int64"}
+    )
 
 
 def _percent(value) -> str:
@@ -91,7 +99,9 @@ def report_html(runs: list[Run]) -> str:
     task = f"{c['operation']} mod {c['p']} · {c['model_type']}, width {c['hidden_dim']}, {c['n_layers']} layer{'s'[: c['n_layers'] > 1]} · {c['optimizer']}, lr {c['lr']:g}, weight decay {c['weight_decay']:g} · {c['batch_size'] or 'all'} pairs a step"
     machine = f"{e['device_name']}, torch {e['versions']['torch']}, Python {e['versions']['python']}; {seconds:.1f} s of training in all."
     shown = (
-        {k: v for k, v in c.items() if k not in ("name", "seed", "seeds")} if len(runs) > 1 else c
+        {k: v for k, v in c.items() if k not in ("name", "seed", "seeds")}
+        if len(runs) > 1
+        else c
     )
     return PAGE.format(
         title=escape(finding(runs)),

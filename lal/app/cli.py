@@ -69,28 +69,44 @@ def train(
     config: Annotated[
         Optional[str],
         typer.Argument(
-            metavar="CONFIG", help="A shipped name (see `lal configs`) or the path of a YAML file."
+            metavar="CONFIG",
+            help="A shipped name (see `lal configs`) or the path of a YAML file.",
         ),
     ] = None,
     config_file: Annotated[
-        Optional[str], typer.Option("--config", metavar="FILE", help="The same, as an option.")
+        Optional[str],
+        typer.Option("--config", metavar="FILE", help="The same, as an option."),
     ] = None,
     changes: Annotated[
         Optional[list[str]],
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be given many times."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one key; may be given many times.",
+        ),
     ] = None,
-    name: Annotated[Optional[str], typer.Option(help="Name of the run and its folder.")] = None,
+    name: Annotated[
+        Optional[str], typer.Option(help="Name of the run and its folder.")
+    ] = None,
     root: Annotated[Path, typer.Option(help="Where run folders live.")] = Path("runs"),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a stopped run from its newest checkpoint.")
+        bool,
+        typer.Option(
+            "--resume", help="Continue a stopped run from its newest checkpoint."
+        ),
     ] = False,
     extra_epochs: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Train a finished run for N epochs more.")
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Train a finished run for N epochs more."
+        ),
     ] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace runs of the same name.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No bar, no log lines.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No bar, no log lines.")
+    ] = False,
 ):
     "Train a configuration, and write run folders and a page that shows what happened."
     with exit_codes():
@@ -99,17 +115,26 @@ def train(
                 "name one configuration: `lal train quickstart`, or `lal train --config my.yaml` (`lal configs` lists what ships)"
             )
         if overwrite and (resume or extra_epochs):
-            raise ConfigError("--overwrite starts anew and --resume continues; give one of them")
+            raise ConfigError(
+                "--overwrite starts anew and --resume continues; give one of them"
+            )
         changes = [*(changes or []), *([f"name={name}"] if name else [])]
         whole = load_config(config or config_file, tuple(changes))
         check_device(whole, str(find_config(config or config_file)))
         trainers = plan(
-            whole, root, changes, resume, extra_epochs, overwrite, None if not quiet else False
+            whole,
+            root,
+            changes,
+            resume,
+            extra_epochs,
+            overwrite,
+            None if not quiet else False,
         )
         for trainer, how in trainers:
             carry_out(trainer, how, resume_command(sys.argv[1:]))
         page = write_report(
-            [load_run(c.name, root) for c in one_per_seed(whole)], root / f"{whole.name}.html"
+            [load_run(c.name, root) for c in one_per_seed(whole)],
+            root / f"{whole.name}.html",
         )
         out.print(
             f"\nOpen the result:  {sys.executable if ' ' not in sys.executable else 'python3'} -m webbrowser {page.resolve().as_uri()}",
@@ -139,7 +164,9 @@ def plan(
     configs, plans, going_on = one_per_seed(whole), [], resume or extra_epochs > 0
     there = [c for c in configs if (root / c.name).exists()]
     if going_on and not there:
-        raise ConfigError("there is no run to continue", source=str(root / configs[0].name))
+        raise ConfigError(
+            "there is no run to continue", source=str(root / configs[0].name)
+        )
     if there and not going_on and not overwrite:
         raise ConfigError(
             "exists already: --resume continues it, --overwrite replaces it, --name NAME makes another",
@@ -148,8 +175,13 @@ def plan(
     for c in configs:
         if not going_on or c not in there:
             plans.append((Trainer(c, root, overwrite, progress), {}))
-        elif load_run(c.name, root).summary["status"] == "finished" and not extra_epochs:
-            out.print(f"{c.name}: finished already (--extra-epochs N goes on)", highlight=False)
+        elif (
+            load_run(c.name, root).summary["status"] == "finished" and not extra_epochs
+        ):
+            out.print(
+                f"{c.name}: finished already (--extra-epochs N goes on)",
+                highlight=False,
+            )
         else:
             plans.append(
                 (
@@ -162,7 +194,12 @@ def plan(
 
 def _as_begun(config: Config, root: Path, changes: list[str]) -> Config:
     theirs = RunFolder(root / config.name).config
-    for key in {parse_set(c)[0] for c in changes} - {"name", "seeds", "device", config.experiment}:
+    for key in {parse_set(c)[0] for c in changes} - {
+        "name",
+        "seeds",
+        "device",
+        config.experiment,
+    }:
         if getattr(theirs, key) != getattr(config, key):
             raise ConfigError(
                 f"the run in {root / config.name} has {key} = {getattr(theirs, key)}; a resumed run goes on as it began",
@@ -191,7 +228,9 @@ def carry_out(trainer: Trainer, how: dict, resume_line: str) -> None:
         )
         raise typer.Exit(130)
     run = load_run(folder.path)
-    word = lambda epoch, done: f"{done} at epoch {epoch:,}" if epoch is not None else f"not {done}"
+    word = lambda epoch, done: (
+        f"{done} at epoch {epoch:,}" if epoch is not None else f"not {done}"
+    )
     out.print(
         f"{run.name}: {word(run.memorised_epoch, 'memorised')}, {word(run.grok_epoch, 'grokked')}; last test accuracy {run.history.test_acc.iloc[-1]:.1%}; "
         f"{run.max_epoch:,} epochs in {run.summary['seconds']:.1f} s",
@@ -210,7 +249,8 @@ def resume_command(words: list[str]) -> str:
             *(
                 w
                 for w in words
-                if w not in ("--overwrite", "--resume") and not w.startswith("--extra-epochs=")
+                if w not in ("--overwrite", "--resume")
+                and not w.startswith("--extra-epochs=")
             ),
             "--resume",
         ]
@@ -229,7 +269,8 @@ app.add_typer(configs, name="configs")
 def list_configs(
     context: typer.Context,
     keys: Annotated[
-        bool, typer.Option("--keys", help="Every key with default, meaning and condition.")
+        bool,
+        typer.Option("--keys", help="Every key with default, meaning and condition."),
     ] = False,
 ):
     "List the configurations that ship with the package, or every key."
@@ -250,7 +291,11 @@ def list_configs(
 
 # %% ../../nbs/app/01_cli.ipynb #a8e48349
 @configs.command()
-def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped name, or a path.")]):
+def show(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A shipped name, or a path.")
+    ],
+):
     "Print a configuration's file."
     with exit_codes():
         load_config(name)
@@ -271,7 +316,9 @@ def runs(
     root: Annotated[Path, typer.Option(help="Where run folders live.")] = Path("runs"),
     sql: Annotated[
         Optional[str],
-        typer.Option(metavar="QUERY", help="One SELECT over the views `runs` and `history`."),
+        typer.Option(
+            metavar="QUERY", help="One SELECT over the views `runs` and `history`."
+        ),
     ] = None,
 ):
     "List the runs, or ask about them in SQL."
@@ -287,7 +334,9 @@ def runs(
         )
         if not len(answer):
             out.print(
-                "no rows" if sql else f"no runs in {root} yet; `lal train quickstart` makes some",
+                "no rows"
+                if sql
+                else f"no runs in {root} yet; `lal train quickstart` makes some",
                 highlight=False,
             )
         else:
@@ -334,9 +383,9 @@ def doctor():
             f"{'':12s} no CUDA device: runs use the processor, which is enough for every run shipped here",
             highlight=False,
         )
-    rows = [(n, bool(importlib.util.find_spec(n)), what, how) for n, what, how in OPTIONAL] + [
-        (n, bool(shutil.which(n)), what, how) for n, what, how in PROGRAMS
-    ]
+    rows = [
+        (n, bool(importlib.util.find_spec(n)), what, how) for n, what, how in OPTIONAL
+    ] + [(n, bool(shutil.which(n)), what, how) for n, what, how in PROGRAMS]
     out.print(
         _table(
             ("optional", "", "for", "how to get it"),

@@ -29,7 +29,9 @@ __all__ = ['MACHINE_PATH', 'code_hash', 'receipt', 'stale', 'directives', 'is_ru
 # %% ../../nbs/app/03_notebooks.ipynb #dd68052d
 def code_hash(nb: dict) -> str:
     "Sixteen hexadecimal digits that change when the code of a notebook changes."
-    sources = ["".join(cell["source"]) for cell in nb["cells"] if cell["cell_type"] == "code"]
+    sources = [
+        "".join(cell["source"]) for cell in nb["cells"] if cell["cell_type"] == "code"
+    ]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
 
 # %% ../../nbs/app/03_notebooks.ipynb #9faae61e
@@ -94,7 +96,9 @@ def execute(path: Path) -> dict:
                 shell.exc.add_note(f"in cell {cell.id} of {path.name}:\n{cell.source}")
                 raise shell.exc
             # Plotly shows a figure itself and leaves an empty result behind.
-            cell.outputs = [output for output in cell.outputs if output.get("data") != {}]
+            cell.outputs = [
+                output for output in cell.outputs if output.get("data") != {}
+            ]
     finally:
         os.chdir(before)
     return nb
@@ -115,7 +119,11 @@ def cleaned(nb: dict) -> str:
 # %% ../../nbs/app/03_notebooks.ipynb #bbfe60eb
 def unclean(text: str) -> list[str]:
     "Would nbdev_clean change this file?"
-    return [] if cleaned(json.loads(text)) == text else ["it is not clean: run `nbdev_clean`"]
+    return (
+        []
+        if cleaned(json.loads(text)) == text
+        else ["it is not clean: run `nbdev_clean`"]
+    )
 
 # %% ../../nbs/app/03_notebooks.ipynb #f286b0b0
 def refresh(path: Path) -> bool:
@@ -149,10 +157,16 @@ def bad_outputs(nb: dict, places: tuple[str, ...] = ()) -> list[str]:
         if any(output.get("name") == "stderr" for output in outputs):
             found.append(f"cell {cell['id']} wrote to stderr (a warning?)")
         # A figure's own data is numbers in base64, where any letters may turn up.
-        texts = [{k: v for k, v in o.get("data", o).items() if k != FIGURE} for o in outputs]
+        texts = [
+            {k: v for k, v in o.get("data", o).items() if k != FIGURE} for o in outputs
+        ]
         text = json.dumps(texts)
         known = MACHINE_PATH.search(text)
-        path = known[0] if known else next((place for place in places if place in text), None)
+        path = (
+            known[0]
+            if known
+            else next((place for place in places if place in text), None)
+        )
         if path:
             found.append(f"cell {cell['id']} shows a path of a machine: {path}…")
     return found
@@ -187,7 +201,9 @@ def bad_figures(nb: dict) -> list[str]:
             data = output.get("data", {})
             if FIGURE not in data:
                 if "plotly" in "".join(data.get("text/html", "")).lower():
-                    found.append(f"cell {cell['id']}: a figure as HTML; commit {FIGURE} only")
+                    found.append(
+                        f"cell {cell['id']}: a figure as HTML; commit {FIGURE} only"
+                    )
                 continue
             if set(data) != {FIGURE}:
                 found.append(
@@ -196,7 +212,8 @@ def bad_figures(nb: dict) -> list[str]:
             layout = data[FIGURE].get("layout", {})
             template = layout.get("template", {}).get("layout", {})
             grounds = {
-                layout.get(key, template.get(key)) for key in ("paper_bgcolor", "plot_bgcolor")
+                layout.get(key, template.get(key))
+                for key in ("paper_bgcolor", "plot_bgcolor")
             }
             if grounds != {"rgba(0,0,0,0)"}:
                 found.append(
@@ -224,8 +241,12 @@ def rerun_cells(nb: dict) -> list[str]:
             tree = ast.parse(cell["source"])
         except SyntaxError:
             continue  # a magic or shell line: nbdev doesn't run such a cell again
-        imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
-        alone = all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body)
+        imports = any(
+            isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(tree)
+        )
+        alone = all(
+            isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body
+        )
         if imports and not alone:
             found.append(
                 f"cell {cell['id']} imports and does more; give its imports a cell of their own"
@@ -243,13 +264,20 @@ def anatomy(nb: dict) -> list[str]:
     if not lines or not lines[0].startswith("# "):
         found.append("its first text cell does not begin with a title, `# …`")
     if not any(line.startswith("> ") for line in lines):
-        found.append("its first text cell has no quoted line, `> …`, that says what it gives you")
+        found.append(
+            "its first text cell has no quoted line, `> …`, that says what it gives you"
+        )
     rest = [line for line in lines[1:] if not re.match(r"> |- [\w-]+:", line)]
     if rest:
         found.append(
             f"its first text cell says more than title and quoted line, which the page would lose: {rest[0]!r}"
         )
-    second = [line for text in texts[1:] for line in text.splitlines()[:1] if line.startswith("# ")]
+    second = [
+        line
+        for text in texts[1:]
+        for line in text.splitlines()[:1]
+        if line.startswith("# ")
+    ]
     if second:
         found.append(f"it has a second title: {second[0]!r}")
     found += [
@@ -262,21 +290,33 @@ def anatomy(nb: dict) -> list[str]:
 # %% ../../nbs/app/03_notebooks.ipynb #5e64b9cb
 def trains(cell: dict) -> bool:
     "Does this cell, shown and run, call `….fit(…)` or `train(…)`?"
-    if not is_run(cell) or directives(cell).keys() & {"export", "exports", "exporti", "hide"}:
+    if not is_run(cell) or directives(cell).keys() & {
+        "export",
+        "exports",
+        "exporti",
+        "hide",
+    }:
         return False
     try:
         calls = [
-            node.func for node in ast.walk(ast.parse(cell["source"])) if isinstance(node, ast.Call)
+            node.func
+            for node in ast.walk(ast.parse(cell["source"]))
+            if isinstance(node, ast.Call)
         ]
     except SyntaxError:
         return False
-    return any(getattr(f, "attr", "") == "fit" or getattr(f, "id", "") == "train" for f in calls)
+    return any(
+        getattr(f, "attr", "") == "fit" or getattr(f, "id", "") == "train"
+        for f in calls
+    )
 
 # %% ../../nbs/app/03_notebooks.ipynb #8be3720a
 def output_lines(nb: dict) -> list[str]:
     "All lines of text in the outputs."
     texts = [
-        "".join(o.get("text", "")) + "\n" + "".join(o.get("data", {}).get("text/plain", ""))
+        "".join(o.get("text", ""))
+        + "\n"
+        + "".join(o.get("data", {}).get("text/plain", ""))
         for c in nb["cells"]
         for o in c.get("outputs", [])
     ]
@@ -309,9 +349,21 @@ def sidebar_problems(contents: list, pages: list[str]) -> list[str]:
     "Pages that the sidebar lacks, names twice, or names although they don't exist."
     named = Counter(sidebar_pages(contents))
     return (
-        [f"{page} is not in the sidebar of _quarto.yml" for page in pages if page not in named]
-        + [f"{page} is in the sidebar {times} times" for page, times in named.items() if times > 1]
-        + [f"{page} is in the sidebar and does not exist" for page in named if page not in pages]
+        [
+            f"{page} is not in the sidebar of _quarto.yml"
+            for page in pages
+            if page not in named
+        ]
+        + [
+            f"{page} is in the sidebar {times} times"
+            for page, times in named.items()
+            if times > 1
+        ]
+        + [
+            f"{page} is in the sidebar and does not exist"
+            for page in named
+            if page not in pages
+        ]
     )
 
 # %% ../../nbs/app/03_notebooks.ipynb #393628ca
@@ -325,7 +377,11 @@ def left_out_of_tests(nb: dict, path: Path) -> list[str]:
     first = "".join("".join(cell["source"]) for cell in nb["cells"][:1])
     if re.search(r"skip_exec\s*:\s*true", first, re.I):
         found.append("skip_exec keeps it from being tested")
-    code = [cell for cell in nb["cells"] if is_run(cell) and "default_exp" not in directives(cell)]
+    code = [
+        cell
+        for cell in nb["cells"]
+        if is_run(cell) and "default_exp" not in directives(cell)
+    ]
     if code and all("notest" in directives(cell) for cell in code):
         found.append("every cell is `#| notest`: add a short twin that is tested")
     return found
@@ -335,7 +391,9 @@ def untested(log: str, pages: list[str]) -> list[str]:
     "Notebooks that exist and that nbdev_test's log does not name as completed."
     done = re.findall(r"^- Completed (.*)$", log, re.M)
     missing = [
-        f"{page} was not tested" for page in pages if not any(line.endswith(page) for line in done)
+        f"{page} was not tested"
+        for page in pages
+        if not any(line.endswith(page) for line in done)
     ]
     return missing or ([] if pages else ["there is no notebook"])
 
@@ -349,7 +407,10 @@ def test(root: Path, n_workers: int = 2) -> None:
     log, process = (
         "",
         subprocess.Popen(
-            [sys.executable, "-u", "-c", code], cwd=root, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-u", "-c", code],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            text=True,
         ),
     )
     for line in process.stdout:

@@ -63,7 +63,9 @@ FIGURE_CONFIG = {
 def figure_html(figure: dict, div_id: str, plotly_js: str | bool) -> str:
     "HTML of a plotly JSON figure. `plotly_js`: the script's address; False if the page has it."
     title, subtitle = figure_title(figure)
-    layout = {k: v for k, v in figure.get("layout", {}).items() if k not in ("title", "width")}
+    layout = {
+        k: v for k, v in figure.get("layout", {}).items() if k not in ("title", "width")
+    }
     if title:
         # No room for a title any more; 40 px remain for subplot titles and the mode bar.
         layout["margin"] = {
@@ -82,6 +84,8 @@ def figure_html(figure: dict, div_id: str, plotly_js: str | bool) -> str:
         config=FIGURE_CONFIG,
     )
     small = f"<small>{subtitle}</small>" if subtitle else ""
+    # A title broken for a narrow plot needs no breaks in a caption, which the page wraps.
+    title = title.replace("<br>", " ")
     caption = f"<figcaption>{title}{small}</figcaption>" if title else ""
     return f'<figure class="plotly-figure">{caption}{body}</figure>'
 
@@ -97,17 +101,25 @@ class PlotlyFigures:
 
     def begin(self):
         config = require("nbdev.config").get_config()
-        page = Path(self.nb.path_).resolve().relative_to(Path(config.nbs_path).resolve())
+        page = (
+            Path(self.nb.path_).resolve().relative_to(Path(config.nbs_path).resolve())
+        )
         self.top, self.script = (
             Path(config.config_path) / "_proc",
             "../" * (len(page.parts) - 1) + "plotly.min.js",
         )
 
     def __call__(self, cell):
-        figures = [output for output in cell.get("outputs", []) if FIGURE in output.get("data", {})]
+        figures = [
+            output
+            for output in cell.get("outputs", [])
+            if FIGURE in output.get("data", {})
+        ]
         for number, output in enumerate(figures):
             div_id = f"fig-{cell.id}" + (f"-{number}" if number else "")
-            output["data"] = {"text/html": figure_html(output["data"][FIGURE], div_id, self.script)}
+            output["data"] = {
+                "text/html": figure_html(output["data"][FIGURE], div_id, self.script)
+            }
             if self.script:
                 put_plotly_js(self.top)
             self.script = False
@@ -164,7 +176,9 @@ def cell_options(source: str) -> tuple[dict[str, str], str]:
 # %% ../../nbs/app/02_pages.ipynb #09a7ba39
 def fenced(text: str, info: str = "") -> str:
     "`text` in a Markdown fence that nothing inside it can close."
-    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    ticks = "`" * max(
+        3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0)
+    )
     return f"{ticks}{info}\n{text}\n{ticks}"
 
 # %% ../../nbs/app/02_pages.ipynb #4a491a22
@@ -188,7 +202,9 @@ def output_markdown(output: dict) -> str:
     if "image/svg+xml" in data:
         return fenced(data["image/svg+xml"], RAW)
     if "image/png" in data:
-        return fenced(f'<img alt="" src="data:image/png;base64,{data["image/png"].strip()}">', RAW)
+        return fenced(
+            f'<img alt="" src="data:image/png;base64,{data["image/png"].strip()}">', RAW
+        )
     if "text/latex" in data:
         return data["text/latex"]
     return fenced(data["text/plain"]) if "text/plain" in data else ""
@@ -210,13 +226,20 @@ def cell_markdown(cell: dict) -> str:
             summary = html.escape(options.get("code-summary", "Code"))
             parts[0] = "\n\n".join(
                 [
-                    fenced(f'<details class="fold"{opening}><summary>{summary}</summary>', RAW),
+                    fenced(
+                        f'<details class="fold"{opening}><summary>{summary}</summary>',
+                        RAW,
+                    ),
                     parts[0],
                     fenced("</details>", RAW),
                 ]
             )
     shown = (
-        [text for output in cell.get("outputs", []) if (text := output_markdown(output))]
+        [
+            text
+            for output in cell.get("outputs", [])
+            if (text := output_markdown(output))
+        ]
         if options.get("output") != "false"
         else []
     )
@@ -230,7 +253,10 @@ def cell_markdown(cell: dict) -> str:
 # %% ../../nbs/app/02_pages.ipynb #f551f370
 def notebook_markdown(nb: dict) -> str:
     "All cells of a processed notebook as one Markdown text."
-    return "\n\n".join(text for cell in nb["cells"] if (text := cell_markdown(cell))) + "\n"
+    return (
+        "\n\n".join(text for cell in nb["cells"] if (text := cell_markdown(cell)))
+        + "\n"
+    )
 
 # %% ../../nbs/app/02_pages.ipynb #2abaea96
 def page_name(notebook: str) -> str:
@@ -283,7 +309,11 @@ def sidebar_html(contents: list, titles: dict[str, str], here: str, up: str) -> 
             if name
             else ""
         )
-        inner = sidebar_html(item["contents"], titles, here, up) if "contents" in item else ""
+        inner = (
+            sidebar_html(item["contents"], titles, here, up)
+            if "contents" in item
+            else ""
+        )
         if label:
             rows.append(f"<li{' class=part' if inner else ''}>{label}{inner}</li>")
     return "<ul>" + "".join(rows) + "</ul>"
@@ -300,7 +330,9 @@ def render(
         "--toc-depth=3",
         *(f"--variable={k}={v}" for k, v in variables.items()),
     ]
-    text = require("pypandoc").convert_text(markdown, "html5", format="markdown", extra_args=args)
+    text = require("pypandoc").convert_text(
+        markdown, "html5", format="markdown", extra_args=args
+    )
     lead = lambda found: (
         f'{found[1]}="{html.escape(page_link(html.unescape(found[2]), up, source))}"'
     )
@@ -324,7 +356,9 @@ def process_notebooks(root: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "process.py"
         script.write_text(code)
-        path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(
+            os.pathsep
+        )
         subprocess.run(
             [sys.executable, str(script)],
             cwd=root,
@@ -338,7 +372,9 @@ def front_matter(nb: dict) -> dict:
     "What nbdev put into the raw first cell of a processed notebook: title, description, …"
     raw = [cell["source"] for cell in nb["cells"] if cell["cell_type"] == "raw"]
     text = "".join(raw[0]) if raw else ""
-    return yaml.safe_load(text.strip().strip("-")) or {} if text.startswith("---") else {}
+    return (
+        yaml.safe_load(text.strip().strip("-")) or {} if text.startswith("---") else {}
+    )
 
 # %% ../../nbs/app/02_pages.ipynb #4b4aeab2
 def around_html(order: list[str], titles: dict[str, str], here: str, up: str) -> str:
@@ -372,13 +408,18 @@ class Book:
 
     @cached_property
     def titles(self) -> dict[str, str]:
-        return {name: front_matter(nb).get("title", name) for name, nb in self.notebooks.items()}
+        return {
+            name: front_matter(nb).get("title", name)
+            for name, nb in self.notebooks.items()
+        }
 
     @cached_property
     def order(self) -> list[str]:
         return [name for name in sidebar_pages(self.contents) if name in self.notebooks]
 
-    def write(self, path: str, markdown: str, here: str, title: str, origin: str) -> Path:
+    def write(
+        self, path: str, markdown: str, here: str, title: str, origin: str
+    ) -> Path:
         "Render one page into `path` below the site; `here` is its notebook, `origin` its source."
         up, page = "../" * path.count("/"), self.site / path
         variables = {
@@ -390,19 +431,26 @@ class Book:
             "around": around_html(self.order, self.titles, here, up),
         }
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(render(markdown, self.nbs / "_preview.html", variables, up, self.source))
+        page.write_text(
+            render(markdown, self.nbs / "_preview.html", variables, up, self.source)
+        )
         return page
 
 # %% ../../nbs/app/02_pages.ipynb #1f314bf3
 def read_book(root: Path, processed: Path, site: Path) -> Book:
     "Read what nbdev's processors left in `processed`."
-    read_nb, config = require("execnb.nbio").read_nb, require("nbdev.config").get_config()
+    read_nb, config = (
+        require("execnb.nbio").read_nb,
+        require("nbdev.config").get_config(),
+    )
     found = sorted(processed.rglob("*.ipynb"))
     quarto = yaml.safe_load((Path(root) / "_quarto.yml").read_text())
     return Book(
         nbs=Path(root) / "nbs",
         site=Path(site),
-        notebooks={path.relative_to(processed).as_posix(): read_nb(path) for path in found},
+        notebooks={
+            path.relative_to(processed).as_posix(): read_nb(path) for path in found
+        },
         contents=quarto["website"]["sidebar"]["contents"],
         name=config.title,
         source=f"{config.git_url}/blob/{config.branch}/",
@@ -411,7 +459,9 @@ def read_book(root: Path, processed: Path, site: Path) -> Book:
 # %% ../../nbs/app/02_pages.ipynb #f0b6c2e8
 def copy_assets(processed: Path, nbs: Path, site: Path) -> None:
     "What pages refer to: pictures, styles, plotly.js."
-    keep_out = shutil.ignore_patterns("*.ipynb", "_*", ".*", "nbdev.yml", "__pycache__", "*.py")
+    keep_out = shutil.ignore_patterns(
+        "*.ipynb", "_*", ".*", "nbdev.yml", "__pycache__", "*.py"
+    )
     shutil.copytree(processed, site, ignore=keep_out)
     shutil.copyfile(nbs / "_preview.css", site / "preview.css")
 
@@ -425,13 +475,21 @@ def build_preview(root: Path, site: Path) -> list[Path]:
     copy_assets(processed, book.nbs, site)
     pages = []
     for name, nb in book.notebooks.items():
-        meta = {k: v for k, v in front_matter(nb).items() if k in ("title", "description")}
+        meta = {
+            k: v for k, v in front_matter(nb).items() if k in ("title", "description")
+        }
         markdown = f"---\n{yaml.safe_dump(meta, allow_unicode=True)}---\n\n{notebook_markdown(nb)}"
-        pages.append(book.write(page_name(name), markdown, name, book.titles[name], f"nbs/{name}"))
+        pages.append(
+            book.write(
+                page_name(name), markdown, name, book.titles[name], f"nbs/{name}"
+            )
+        )
     for module in sorted((root / "lal").rglob("*.py")):
         name = module.relative_to(root).as_posix()
         code = fenced(module.read_text(), " {#L .python .numberLines .lineAnchors}")
-        book.write(f"source/{name}.html", f"---\ntitle: {name}\n---\n\n{code}", "", name, name)
+        book.write(
+            f"source/{name}.html", f"---\ntitle: {name}\n---\n\n{code}", "", name, name
+        )
     return pages
 
 # %% ../../nbs/app/02_pages.ipynb #fd327de5
@@ -453,14 +511,19 @@ class PageLinks(HTMLParser):
 # %% ../../nbs/app/02_pages.ipynb #921ac7ff
 def dead_links(site: Path) -> list[str]:
     "Links and pictures of a site that lead to a missing file or fragment, as `page: address`."
-    parsed = {path.resolve(): PageLinks(path.read_text()) for path in Path(site).rglob("*.html")}
+    parsed = {
+        path.resolve(): PageLinks(path.read_text())
+        for path in Path(site).rglob("*.html")
+    }
     dead = []
     for page, links in parsed.items():
         for address in links.addresses:
             parts = urlsplit(address)
             if parts.scheme or parts.netloc:
                 continue
-            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            target = (
+                (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            )
             missing = not target.is_file()
             if not missing and parts.fragment and target in parsed:
                 missing = unquote(parts.fragment) not in parsed[target].ids
@@ -571,9 +634,14 @@ def write_readme(root: Path) -> None:
     print("wrote README.md")
     for name, figure in pictures.items():
         if find_chromium():
-            print("wrote", figure_png(figure, Path(root) / name).relative_to(Path(root).resolve()))
+            print(
+                "wrote",
+                figure_png(figure, Path(root) / name).relative_to(Path(root).resolve()),
+            )
         elif (Path(root) / name).exists():
-            print(f"kept the old {name}: making a new one needs Chromium (apt install chromium)")
+            print(
+                f"kept the old {name}: making a new one needs Chromium (apt install chromium)"
+            )
         else:
             raise SystemExit(
                 f"{name} is missing, and making it needs Chromium (apt install chromium)"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'NAME', 'ConfigError', 'Condition', 'at_least', 'above', 'between', 'from_to', 'one_of', 'key',
-           'register_section', 'Modular', 'Config', 'to_type', 'config_keys', 'nearest', 'make_config', 'read_yaml',
-           'shipped_configs', 'find_config', 'parse_set', 'load_config', 'to_dict', 'to_yaml', 'with_values',
-           'one_per_seed', 'keys_table']
+           'register_section', 'modular_problems', 'Modular', 'Config', 'to_type', 'config_keys', 'nearest',
+           'check_value', 'make_config', 'read_yaml', 'shipped_configs', 'find_config', 'parse_set', 'load_config',
+           'to_dict', 'to_yaml', 'with_values', 'one_per_seed', 'keys_table']
 
 # %% ../../nbs/core/04_config.ipynb #bcfa6e95
 import difflib, math, re
@@ -26,7 +26,11 @@ class ConfigError(ValueError):
     "A configuration that can't be right: `source: key = value: reason`."
 
     def __init__(
-        self, reason: str, key: str | None = None, value: Any = None, source: str | None = None
+        self,
+        reason: str,
+        key: str | None = None,
+        value: Any = None,
+        source: str | None = None,
     ):
         super().__init__(
             ": ".join(
@@ -62,11 +66,15 @@ def above(low) -> Condition:
 
 # %% ../../nbs/core/04_config.ipynb #bb2fb7f3
 def between(low, high) -> Condition:
-    return Condition(f"must lie strictly between {low} and {high}", lambda v: low < v < high)
+    return Condition(
+        f"must lie strictly between {low} and {high}", lambda v: low < v < high
+    )
 
 # %% ../../nbs/core/04_config.ipynb #98ecd4b7
 def from_to(low, high) -> Condition:
-    return Condition(f"must be at least {low} and less than {high}", lambda v: low <= v < high)
+    return Condition(
+        f"must be at least {low} and less than {high}", lambda v: low <= v < high
+    )
 
 # %% ../../nbs/core/04_config.ipynb #0109cc2f
 def one_of(*names) -> Condition:
@@ -91,6 +99,32 @@ def register_section(name: str):
     return add
 
 # %% ../../nbs/core/04_config.ipynb #5456438b
+def modular_problems(c, common):
+    "Yield `(key, reason)` for every combination of keys that can't be right."
+    if c.operation == "divide" and not is_prime(c.p):
+        yield "p", "operation 'divide' needs a prime, or some b have no inverse"
+        return
+    if c.model_type == "transformer" and c.hidden_dim % c.n_heads:
+        yield "n_heads", f"must divide hidden_dim = {c.hidden_dim}"
+    if c.ordering != "random" and common.batch_size is None:
+        yield "ordering", "needs a batch_size: a full batch has no order"
+    if c.stride is not None and c.ordering != "stride":
+        yield "stride", f"only ordering 'stride' reads it, not '{c.ordering}'"
+    total, sizes = Task(c.p, c.operation).n_pairs, (c.train_size, c.test_size)
+    if None in sizes and sizes != (None, None):
+        given, missing = ("train", "test") if c.train_size else ("test", "train")
+        yield f"{given}_size", f"needs {missing}_size too"
+    elif c.train_size and c.train_frac != Modular.train_frac:
+        yield "train_frac", "give either train_frac or train_size and test_size"
+    elif c.train_size and sum(sizes) > total:
+        yield (
+            "train_size",
+            f"with test_size = {c.test_size} more than all {total} pairs",
+        )
+    elif not c.train_size and not 0 < round(c.train_frac * total) < total:
+        yield "train_frac", f"leaves one set empty: there are only {total} pairs"
+
+# %% ../../nbs/core/04_config.ipynb #e4fd991e
 @register_section("modular")
 @dataclass(frozen=True)
 class Modular:
@@ -99,13 +133,19 @@ class Modular:
     p: int = key(113, "modulus", at_least(2))
     operation: str = key("add", "the operation", one_of(*OPERATIONS))
     train_frac: float = key(
-        0.3, "fraction of all pairs to train on; the rest is the test set", between(0, 1)
+        0.3,
+        "fraction of all pairs to train on; the rest is the test set",
+        between(0, 1),
     )
     train_size: int | None = key(
-        None, "number of training pairs, instead of a fraction (with test_size)", at_least(1)
+        None,
+        "number of training pairs, instead of a fraction (with test_size)",
+        at_least(1),
     )
     test_size: int | None = key(
-        None, "number of test pairs, instead of all the rest (with train_size)", at_least(1)
+        None,
+        "number of test pairs, instead of all the rest (with train_size)",
+        at_least(1),
     )
     data_seed: int = key(42, "seed of the split", at_least(0))
     model_type: str = key("baseline", "the network", one_of(*MODELS))
@@ -114,51 +154,17 @@ class Modular:
     n_heads: int = key(4, "attention heads; must divide hidden_dim", at_least(1))
     tie_embeddings: bool = key(False, "output matrix = token embedding (transformer)")
     ordering: str = key(
-        "random", "order of the examples in an epoch (with batch_size)", one_of(*ORDERINGS)
+        "random",
+        "order of the examples in an epoch (with batch_size)",
+        one_of(*ORDERINGS),
     )
-    stride: int | None = key(None, "stride of ordering 'stride'; null: floor(sqrt(p))", at_least(1))
+    stride: int | None = key(
+        None, "stride of ordering 'stride'; null: floor(sqrt(p))", at_least(1)
+    )
 
     def check(self, common):
         "Yield `(key, reason)` for every combination that can't be right."
-        if self.operation == "divide" and not is_prime(self.p):
-            yield (
-                "p",
-                "operation 'divide' needs a prime modulus, since only then has every b ≠ 0 an inverse",
-            )
-        if self.model_type == "transformer" and self.hidden_dim % self.n_heads:
-            yield "n_heads", f"must divide hidden_dim = {self.hidden_dim}"
-        if self.ordering != "random" and common.batch_size is None:
-            yield (
-                "ordering",
-                "needs a batch_size: with batch_size null every step sees all training pairs, in no order",
-            )
-        if self.stride is not None and self.ordering != "stride":
-            yield "stride", f"only ordering 'stride' reads it, and ordering is '{self.ordering}'"
-        if (self.train_size is None) != (self.test_size is None):
-            yield (
-                ("train_size", "needs test_size too")
-                if self.test_size is None
-                else ("test_size", "needs train_size too")
-            )
-        elif self.train_size and self.train_frac != Modular.train_frac:
-            yield "train_frac", "give either train_frac or train_size and test_size"
-        elif self.train_size and (n := self.train_size + self.test_size) > (
-            total := Task(self.p, self.operation).n_pairs
-        ):
-            yield (
-                "train_size",
-                f"train_size + test_size = {n}, but p = {self.p} has only {total} pairs",
-            )
-        elif (
-            not self.train_size
-            and not 0
-            < round(self.train_frac * (total := Task(self.p, self.operation).n_pairs))
-            < total
-        ):
-            yield (
-                "train_frac",
-                f"leaves the training or the test set empty: there are only {total} pairs",
-            )
+        yield from modular_problems(self, common)
 
 # %% ../../nbs/core/04_config.ipynb #9aafbd09
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -180,7 +186,9 @@ class Config:
     )
     description: str = key("", "one line on what the run is for")
     seed: int = key(
-        42, "seed of initial weights, orders and everything else but the split", at_least(0)
+        42,
+        "seed of initial weights, orders and everything else but the split",
+        at_least(0),
     )
     seeds: list | None = key(
         None,
@@ -188,7 +196,9 @@ class Config:
         Condition(
             "must be a list of different whole numbers, 0 or larger",
             lambda v: (
-                len(v) > 0 and all(type(s) is int and s >= 0 for s in v) and len(set(v)) == len(v)
+                len(v) > 0
+                and all(type(s) is int and s >= 0 for s in v)
+                and len(set(v)) == len(v)
             ),
         ),
     )
@@ -200,13 +210,17 @@ class Config:
             lambda v: v in DEVICES or re.fullmatch(r"cuda:\d+", v) is not None,
         ),
     )
-    deterministic: bool = key(True, "deterministic kernels: the same seed gives the same bits")
+    deterministic: bool = key(
+        True, "deterministic kernels: the same seed gives the same bits"
+    )
     threads: int | None = key(
         None, "CPU threads of PyTorch; null: PyTorch's own choice", at_least(1)
     )
     epochs: int = key(50_000, "epochs to train", at_least(1))
     extra_epochs: int = key(
-        0, "epochs to go on after the schedule's end, at its last learning rate", at_least(0)
+        0,
+        "epochs to go on after the schedule's end, at its last learning rate",
+        at_least(0),
     )
     batch_size: int | None = key(
         None, "examples per step; null: all of them (full batch)", at_least(1)
@@ -217,16 +231,22 @@ class Config:
         Condition("must be larger than 0 and at most 1", lambda v: 0 < v <= 1),
     )
     optimizer: str = key(
-        "adamw", "adamw, adam (decay added to the gradient) or sgd", one_of("adamw", "adam", "sgd")
+        "adamw",
+        "adamw, adam (decay added to the gradient) or sgd",
+        one_of("adamw", "adam", "sgd"),
     )
     lr: float = key(1e-3, "peak learning rate", above(0))
     weight_decay: float = key(1.0, "weight decay λ, on matrices only", at_least(0))
     decay_all: bool = key(False, "decay embeddings, biases and LayerNorm too")
     beta1: float = key(0.9, "Adam: decay of the mean of gradients", from_to(0, 1))
-    beta2: float = key(0.98, "Adam: decay of the mean of squared gradients", from_to(0, 1))
+    beta2: float = key(
+        0.98, "Adam: decay of the mean of squared gradients", from_to(0, 1)
+    )
     eps: float = key(1e-8, "Adam: added to the root of the second moment", above(0))
     momentum: float = key(0.0, "SGD: momentum", from_to(0, 1))
-    grad_clip: float | None = key(None, "largest gradient norm; null: no clipping", above(0))
+    grad_clip: float | None = key(
+        None, "largest gradient norm; null: no clipping", above(0)
+    )
     scheduler: str = key(
         "constant",
         "learning rate after warm-up: constant, or cosine down to min_lr",
@@ -278,12 +298,16 @@ def to_type(value, kind):
         return int(value)
     if type(value) is kind and kind is not float:
         return value
-    raise TypeError(f"must be {words[kind]}{' or null' if type(None) in options else ''}")
+    raise TypeError(
+        f"must be {words[kind]}{' or null' if type(None) in options else ''}"
+    )
 
 # %% ../../nbs/core/04_config.ipynb #1b732508
 def config_keys(experiment: str = "modular") -> dict[str, Any]:
     "The dataclass field of every key, common keys first."
-    common = {f.name: f for f in fields(Config) if f.name not in ("experiment", "section")}
+    common = {
+        f.name: f for f in fields(Config) if f.name not in ("experiment", "section")
+    }
     return common | {f.name: f for f in fields(SECTIONS[experiment])}
 
 # %% ../../nbs/core/04_config.ipynb #c79f4746
@@ -293,41 +317,46 @@ def nearest(word: str, known) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 # %% ../../nbs/core/04_config.ipynb #50bd7116
-def make_config(values: dict | None = None, source: str | None = None, **more) -> Config:
-    "A checked `Config` from plain values, given as a dict, as keywords, or both. Raises `ConfigError` naming key, value and `source`."
+def check_value(value, kind, declared):
+    "The value as its declared type, its condition checked. `TypeError` or `ValueError` with the reason."
+    value, condition = to_type(value, kind), declared.metadata["condition"]
+    if condition and value is not None and not condition.holds(value):
+        raise ValueError(condition.says)
+    return value
+
+# %% ../../nbs/core/04_config.ipynb #07e7e405
+def make_config(
+    values: dict | None = None, source: str | None = None, **more
+) -> Config:
+    "A checked `Config` from a dict, keywords, or both. `ConfigError` names key, value and `source`."
     if not isinstance(values or {}, dict):
-        raise ConfigError(
-            f"a configuration must be a mapping of keys to values, and this is a {type(values).__name__}",
-            source=source,
-        )
+        reason = f"a configuration must be a mapping of keys to values, not a {type(values).__name__}"
+        raise ConfigError(reason, source=source)
     values = {**(values or {}), **more}
     experiment = values.pop("experiment", "modular")
     if experiment not in SECTIONS:
-        raise ConfigError(f"must be one of {', '.join(SECTIONS)}", "experiment", experiment, source)
+        raise ConfigError(
+            f"must be one of {', '.join(SECTIONS)}", "experiment", experiment, source
+        )
     values = _flatten(values, experiment, source)
-    known, hints = (
-        config_keys(experiment),
-        get_type_hints(Config) | get_type_hints(SECTIONS[experiment]),
-    )
+    known = config_keys(experiment)
+    hints = get_type_hints(Config) | get_type_hints(SECTIONS[experiment])
     checked = {}
     for name, value in values.items():
         if name not in known:
-            raise ConfigError(
-                f"unknown key{nearest(name, known)} (`lal configs --keys` lists all)",
-                str(name),
-                value,
-                source,
+            reason = (
+                f"unknown key{nearest(name, known)} (`lal configs --keys` lists all)"
             )
+            raise ConfigError(reason, str(name), value, source)
         try:
-            checked[name] = to_type(value, hints[name])
-        except TypeError as error:
+            checked[name] = check_value(value, hints[name], known[name])
+        except (TypeError, ValueError) as error:
             raise ConfigError(str(error), name, value, source) from None
-        condition = known[name].metadata["condition"]
-        if condition and checked[name] is not None and not condition.holds(checked[name]):
-            raise ConfigError(condition.says, name, value, source)
     own = {f.name for f in fields(SECTIONS[experiment])}
     section = SECTIONS[experiment](**{k: v for k, v in checked.items() if k in own})
-    config = Config(experiment, section, **{k: v for k, v in checked.items() if k not in own})
+    config = Config(
+        experiment, section, **{k: v for k, v in checked.items() if k not in own}
+    )
     for name, reason in chain(config.check(), section.check(config)):
         raise ConfigError(reason, name, getattr(config, name), source)
     return config
@@ -338,11 +367,12 @@ def _flatten(values, experiment, source):
     if inner is None:
         return values
     if not isinstance(inner, dict):
-        raise ConfigError("must be a mapping of keys to values", experiment, inner, source)
-    if twice := [k for k in inner if k in values]:
         raise ConfigError(
-            f"given both at the top and under '{experiment}'", twice[0], inner[twice[0]], source
+            "must be a mapping of keys to values", experiment, inner, source
         )
+    if twice := [k for k in inner if k in values]:
+        reason = f"given both at the top and under '{experiment}'"
+        raise ConfigError(reason, twice[0], inner[twice[0]], source)
     return {**values, **inner}
 
 # %% ../../nbs/core/04_config.ipynb #a941c91b
@@ -369,7 +399,9 @@ def read_yaml(path: str | Path) -> Any:
     try:
         return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise ConfigError(f"can't be read: {error.strerror}", source=str(path)) from None
+        raise ConfigError(
+            f"can't be read: {error.strerror}", source=str(path)
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError("is not a text file", source=str(path)) from None
     except yaml.YAMLError as error:
@@ -406,7 +438,9 @@ def parse_set(assignment: str) -> tuple[str, Any]:
     "`key=value` as on the command line; the value is read as YAML."
     name, equals, text = assignment.partition("=")
     if not equals or not name.strip():
-        raise ConfigError(f"'{assignment}' is not of the form key=value", source="--set")
+        raise ConfigError(
+            f"'{assignment}' is not of the form key=value", source="--set"
+        )
     try:
         return name.strip(), yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -433,7 +467,8 @@ def load_config(
     new = dict(parse_set(c) for c in changes)
     merged = _flatten(dict(values), config.experiment, str(path))
     return make_config(
-        {"name": path.stem} | merged | new, source=f"{path} with --set {' --set '.join(changes)}"
+        {"name": path.stem} | merged | new,
+        source=f"{path} with --set {' --set '.join(changes)}",
     )
 
 # %% ../../nbs/core/04_config.ipynb #e186bbff
@@ -456,7 +491,9 @@ def with_values(config: Config, **changes) -> Config:
     "A copy with other values, checked again."
     flat = _flatten(to_dict(config), config.experiment, None)
     defaults = _flatten(
-        to_dict(Config(config.experiment, SECTIONS[config.experiment]())), config.experiment, None
+        to_dict(Config(config.experiment, SECTIONS[config.experiment]())),
+        config.experiment,
+        None,
     )
     return make_config(
         {k: v for k, v in flat.items() if v != defaults[k]}
@@ -470,7 +507,8 @@ def one_per_seed(config: Config) -> list[Config]:
     if config.seeds is None:
         return [config]
     return [
-        replace(config, seed=s, seeds=None, name=f"{config.name}_seed{s}") for s in config.seeds
+        replace(config, seed=s, seeds=None, name=f"{config.name}_seed{s}")
+        for s in config.seeds
     ]
 
 # %% ../../nbs/core/04_config.ipynb #e0d8e172

@@ -65,7 +65,9 @@ def device_name(device: str | torch.device = "cpu") -> str:
         if info.exists()
         else []
     )
-    maker = " ".join((names[0] if names else platform.processor() or platform.machine()).split())
+    maker = " ".join(
+        (names[0] if names else platform.processor() or platform.machine()).split()
+    )
     return f"CPU ({maker}, {torch.get_num_threads()} thread{'s'[: torch.get_num_threads() > 1]})"
 
 # %% ../../nbs/core/01_device.ipynb #2f3ddb69
@@ -76,7 +78,9 @@ def generator(
     "A CPU generator for one stream of random decisions of the run with this seed."
     if seed < 0:
         raise ValueError(f"seed = {seed}: must be 0 or larger")
-    state = np.random.SeedSequence([seed, *stream.encode()]).generate_state(1, np.uint32)[0]
+    state = np.random.SeedSequence([seed, *stream.encode()]).generate_state(
+        1, np.uint32
+    )[0]
     return torch.Generator().manual_seed(int(state))
 
 # %% ../../nbs/core/01_device.ipynb #09b4dd58
@@ -97,7 +101,9 @@ def deterministic(on: bool = True):
     if not on:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this when it starts
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # cuBLAS reads this when it starts
     before, warn = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -125,11 +131,17 @@ def git_revision(folder: str | Path = ".") -> dict:
 
     def git(*args):
         return subprocess.run(
-            ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True
+            ["git", "-C", str(folder), *args],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
 
     try:
-        return {"revision": git("rev-parse", "HEAD"), "clean": git("status", "--porcelain") == ""}
+        return {
+            "revision": git("rev-parse", "HEAD"),
+            "clean": git("status", "--porcelain") == "",
+        }
     except (OSError, subprocess.CalledProcessError):
         return {"revision": None, "clean": None}
 
@@ -146,7 +158,10 @@ def environment(device: str | torch.device = "cpu") -> dict:
     "What this process runs on, as plain values for JSON."
     names = ("lal", "torch", "numpy", "pandas", "pyarrow")
     return {
-        "versions": {"python": platform.python_version(), **{n: package_version(n) for n in names}},
+        "versions": {
+            "python": platform.python_version(),
+            **{n: package_version(n) for n in names},
+        },
         "device": str(device),
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
@@ -165,6 +180,10 @@ def ran_on(
 ) -> str:
     "One line that says what a result ran on."
     seeds = (
-        f"seeds {', '.join(map(str, seed))}" if isinstance(seed, (list, tuple)) else f"seed {seed}"
+        f"seeds {', '.join(map(str, seed))}"
+        if isinstance(seed, (list, tuple))
+        else f"seed {seed}"
     )
-    return f"ran on {device}, torch {torch.__version__}, p = {p}, {seeds}, {seconds:.1f} s"
+    return (
+        f"ran on {device}, torch {torch.__version__}, p = {p}, {seeds}, {seconds:.1f} s"
+    )

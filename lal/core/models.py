@@ -53,7 +53,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, n_heads: int):
         super().__init__()
         if width % n_heads:
-            raise ValueError(f"n_heads = {n_heads} does not divide hidden_dim = {width}")
+            raise ValueError(
+                f"n_heads = {n_heads} does not divide hidden_dim = {width}"
+            )
         self.n_heads, self.scale = n_heads, math.sqrt(n_heads / width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
@@ -71,7 +73,11 @@ class Attention(nn.Module):
         "The attention weights A `[N, H, T, T]`; rows sum to one and look at no later position."
         T = q.shape[-2]
         later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        return ((q @ k.transpose(-1, -2)) * self.scale).masked_fill(later, -torch.inf).softmax(-1)
+        return (
+            ((q @ k.transpose(-1, -2)) * self.scale)
+            .masked_fill(later, -torch.inf)
+            .softmax(-1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(x)
@@ -116,7 +122,9 @@ class GrokTransformer(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(hidden_dim, n_heads) for _ in range(n_layers))
         self.norm = nn.LayerNorm(hidden_dim)
-        self.output = None if tie_embeddings else nn.Linear(hidden_dim, task.p, bias=False)
+        self.output = (
+            None if tie_embeddings else nn.Linear(hidden_dim, task.p, bias=False)
+        )
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=hidden_dim**-0.5)
 
@@ -132,7 +140,11 @@ class GrokTransformer(nn.Module):
 
     def readout(self, h: Tensor) -> Tensor:
         "Logits `[N, p]` from states `[N, d]`."
-        return h @ self.tokens.weight[: self.p].T if self.output is None else self.output(h)
+        return (
+            h @ self.tokens.weight[: self.p].T
+            if self.output is None
+            else self.output(h)
+        )
 
     def representation(self, x: Tensor) -> Tensor:
         "The state before the output matrix, `[N, d]`."
@@ -158,6 +170,12 @@ def create_model(
             return BaselineMLP(task, config.hidden_dim, config.n_layers)
         if config.model_type == "transformer":
             return GrokTransformer(
-                task, config.hidden_dim, config.n_layers, config.n_heads, config.tie_embeddings
+                task,
+                config.hidden_dim,
+                config.n_layers,
+                config.n_heads,
+                config.tie_embeddings,
             )
-    raise ValueError(f"model_type = {config.model_type!r}: must be one of {', '.join(MODELS)}")
+    raise ValueError(
+        f"model_type = {config.model_type!r}: must be one of {', '.join(MODELS)}"
+    )

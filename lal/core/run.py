@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEMORISED', 'GROKKED', 'IN_A_ROW', 'FLUSH_SECONDS', 'write_whole', 'write_json', 'first_sustained', 'memorised_epoch',
-           'grok_epoch', 'RunFolder', 'save_checkpoint', 'load_checkpoint', 'checkpoints', 'summarize']
+           'grok_epoch', 'RunFolder', 'create_run', 'save_checkpoint', 'load_checkpoint', 'checkpoints', 'summarize']
 
 # %% ../../nbs/core/05_run.ipynb #fcc7abb8
 import json, os, pickle, shutil, time, zipfile
@@ -64,45 +64,25 @@ def memorised_epoch(history: pd.DataFrame) -> int | None:
 # %% ../../nbs/core/05_run.ipynb #1697f072
 def grok_epoch(history: pd.DataFrame) -> int | None:
     "First of five consecutive log points with test accuracy ≥ 0.95."
-    return first_sustained(history.epoch.to_numpy(), history.test_acc, GROKKED, IN_A_ROW)
+    return first_sustained(
+        history.epoch.to_numpy(), history.test_acc, GROKKED, IN_A_ROW
+    )
 
 # %% ../../nbs/core/05_run.ipynb #25210dae
 FLUSH_SECONDS = 10.0
 
 
 class RunFolder:
-    "One run's files under `path`. Make one with `RunFolder.create`; read one with `RunFolder(path)`."
+    "One run's files under `path`; `create_run` makes the folder."
 
     def __init__(self, path: str | Path):
         self.path, self.rows, self._flushed = Path(path), [], time.monotonic()
 
-    @classmethod
-    def create(
-        cls, root: str | Path, config: Config, environment: dict, overwrite: bool = False
-    ) -> "RunFolder":
-        "A new folder `root/<name>` with configuration and environment. `ConfigError` when it exists, unless `overwrite`."
-        folder = cls(Path(root) / config.name)
-        if folder.path.exists():
-            if not overwrite:
-                raise ConfigError(
-                    "exists already: give --resume to continue it, --overwrite to replace it, or another --name",
-                    source=str(folder.path),
-                )
-            if any(folder.path.iterdir()) and not folder.is_run:
-                raise ConfigError(
-                    "is not a run folder, so --overwrite leaves it alone; choose another --name",
-                    source=str(folder.path),
-                )
-            shutil.rmtree(folder.path)
-        folder.write_config(config)
-        write_json(folder.path / "environment.json", environment)
-        return folder
-
     def write_config(self, config: Config) -> None:
         "Write `config.yaml`."
+        text = to_yaml(config)
         write_whole(
-            self.path / "config.yaml",
-            lambda draft: draft.write_text(to_yaml(config), encoding="utf-8"),
+            self.path / "config.yaml", lambda draft: draft.write_text(text, "utf-8")
         )
 
     @property
@@ -112,9 +92,8 @@ class RunFolder:
     @property
     def config(self) -> Config:
         "The run's configuration."
-        return make_config(
-            read_yaml(self.path / "config.yaml"), source=str(self.path / "config.yaml")
-        )
+        file = self.path / "config.yaml"
+        return make_config(read_yaml(file), source=str(file))
 
     @property
     def environment(self) -> dict:
@@ -130,11 +109,9 @@ class RunFolder:
     def history(self) -> pd.DataFrame:
         "The rows written so far."
         file = self.path / "history.parquet"
-        return (
-            pd.read_parquet(file)
-            if file.exists()
-            else pd.DataFrame({"epoch": [], "step": []}, dtype="int64")
-        )
+        if not file.exists():
+            return pd.DataFrame({"epoch": [], "step": []}, dtype="int64")
+        return pd.read_parquet(file)
 
     def write_summary(self, summary: dict) -> None:
         "Write `summary.json`."
@@ -152,11 +129,31 @@ class RunFolder:
 
     def flush(self) -> None:
         "Write all rows."
-        write_whole(
-            self.path / "history.parquet",
-            lambda draft: pd.DataFrame(self.rows).to_parquet(draft, index=False),
-        )
+        table = pd.DataFrame(self.rows)
+        file = self.path / "history.parquet"
+        write_whole(file, lambda draft: table.to_parquet(draft, index=False))
         self._flushed = time.monotonic()
+
+# %% ../../nbs/core/05_run.ipynb #518cfdc9
+def create_run(
+    root: str | Path,
+    config: Config,  # its `name` becomes the folder's
+    environment: dict,
+    overwrite: bool = False,  # replace a run of that name
+) -> RunFolder:  # raises `ConfigError` when the folder exists
+    "A new folder `root/<name>` with configuration and environment."
+    folder = RunFolder(Path(root) / config.name)
+    if folder.path.exists():
+        if not overwrite:
+            reason = "exists already: resume it, overwrite it, or choose another name"
+            raise ConfigError(reason, source=str(folder.path))
+        if any(folder.path.iterdir()) and not folder.is_run:
+            reason = "is not a run folder, so it is left alone; choose another name"
+            raise ConfigError(reason, source=str(folder.path))
+        shutil.rmtree(folder.path)
+    folder.write_config(config)
+    write_json(folder.path / "environment.json", environment)
+    return folder
 
 # %% ../../nbs/core/05_run.ipynb #9046b744
 def save_checkpoint(path: Path, state: dict) -> None:

@@ -49,7 +49,9 @@ class Task:
     @property
     def n_pairs(self) -> int:
         return (
-            self.p * (self.p - 1) if self.operation == "divide" else self.n_operations * self.p**2
+            self.p * (self.p - 1)
+            if self.operation == "divide"
+            else self.n_operations * self.p**2
         )
 
 # %% ../../nbs/core/02_task.ipynb #5ab2e10e
@@ -70,7 +72,9 @@ class Examples:
         return Examples(self.task, self.a[i], self.b[i], self.op[i], self.y[i])
 
     def to(self, device):
-        return Examples(self.task, *(t.to(device) for t in (self.a, self.b, self.op, self.y)))
+        return Examples(
+            self.task, *(t.to(device) for t in (self.a, self.b, self.op, self.y))
+        )
 
     def __repr__(self):
         sign = {"add": "+", "subtract": "-", "multiply": "·", "divide": "/"}.get(
@@ -78,14 +82,17 @@ class Examples:
         )
         shown = [
             f"{a} {sign or '+·'[o]} {b} = {y}"
-            for a, b, o, y in zip(*(t[:4].tolist() for t in (self.a, self.b, self.op, self.y)))
+            for a, b, o, y in zip(
+                *(t[:4].tolist() for t in (self.a, self.b, self.op, self.y))
+            )
         ]
         return f"{len(self):,} examples mod {self.task.p}: {', '.join(shown)}{', …' if len(self) > 4 else ''}"
 
 # %% ../../nbs/core/02_task.ipynb #357a5aa6
 def examples(
     task: Task,
-    codes: Tensor | None = None,  # `[N]` numbers in 0 … task.n_pairs-1; all of them when `None`
+    codes: Tensor
+    | None = None,  # `[N]` numbers in 0 … task.n_pairs-1; all of them when `None`
 ) -> Examples:
     "The examples with these numbers. Example `c` is the pair `(c // m, c % m)` of its operation, m = p (or p-1 for `divide`)."
     codes = torch.arange(task.n_pairs) if codes is None else codes
@@ -129,12 +136,16 @@ def encode(e: Examples, encoding: str) -> Tensor:
             )
         return torch.stack([e.a, e.b], dim=1)
     if encoding != "onehot":
-        raise ValueError(f"encoding = {encoding!r}: must be one of {', '.join(ENCODINGS)}")
+        raise ValueError(
+            f"encoding = {encoding!r}: must be one of {', '.join(ENCODINGS)}"
+        )
     if (size := len(e) * onehot_width(e.task) * 4) > ONEHOT_LIMIT:
         raise ValueError(
             f"one-hot inputs for {len(e):,} examples at p = {p} take {size / 2**30:.0f} GiB; use a token model, or fewer examples"
         )
-    parts = [F.one_hot(e.a, p), F.one_hot(e.b, p)] + ([F.one_hot(e.op, 2)] if both else [])
+    parts = [F.one_hot(e.a, p), F.one_hot(e.b, p)] + (
+        [F.one_hot(e.op, 2)] if both else []
+    )
     return torch.cat(parts, dim=1).float()
 
 # %% ../../nbs/core/02_task.ipynb #bbe727af
@@ -196,7 +207,9 @@ def make_split(
         raise ValueError("train_size and test_size go together: give both or neither")
     if train_size is None:
         if not 0 < train_frac < 1:
-            raise ValueError(f"train_frac = {train_frac}: must lie strictly between 0 and 1")
+            raise ValueError(
+                f"train_frac = {train_frac}: must lie strictly between 0 and 1"
+            )
         train_size = round(train_frac * total)
         test_size = total - train_size
     if min(train_size, test_size) < 1:
@@ -208,7 +221,9 @@ def make_split(
             f"train_size + test_size = {train_size + test_size:,}, but p = {task.p} has {total:,} pairs"
         )
     codes = draw_distinct(total, train_size + test_size, generator(data_seed, "data"))
-    return Split(examples(task, codes[:train_size]), examples(task, codes[train_size:])).to(device)
+    return Split(
+        examples(task, codes[:train_size]), examples(task, codes[train_size:])
+    ).to(device)
 
 # %% ../../nbs/core/02_task.ipynb #a11ade50
 ORDERINGS = ("random", "fixed-random", "stride", "target")
@@ -235,7 +250,9 @@ def epoch_orders(
 ):
     "Endless iterator over epochs: each item is a permutation `[N]` of the examples, on their device."
     if ordering not in ORDERINGS:
-        raise ValueError(f"ordering = {ordering!r}: must be one of {', '.join(ORDERINGS)}")
+        raise ValueError(
+            f"ordering = {ordering!r}: must be one of {', '.join(ORDERINGS)}"
+        )
     n, device = len(e), e.y.device
     if ordering == "random":
         while True:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'MAY_CHANGE', 'parameter_groups', 'create_optimizer', 'lr_factor', 'evaluate', 'weight_norm', 'measure',
            'NonFiniteLoss', 'Interrupted', 'stop_requests', 'log_line', 'Reporter', 'TrainState', 'train_epoch',
-           'Recorder', 'reopen', 'restore', 'Trainer']
+           'Recorder', 'reopen', 'restore', 'load_data', 'train_epochs', 'Trainer']
 
 # %% ../../nbs/core/06_trainer.ipynb #d8e2d19e
 import math, signal, sys, time
@@ -16,14 +16,27 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 from .config import Config, ConfigError, config_keys, make_config, with_values
-from .device import deterministic, environment, generator, resolve_device, threads
+from lal.core.device import (
+    deterministic,
+    environment,
+    generator,
+    resolve_device,
+    threads,
+)
 from .models import create_model
 from lal.core.run import (
     IN_A_ROW,
     RunFolder,
+    create_run,
     checkpoints,
     load_checkpoint,
     save_checkpoint,
@@ -32,10 +45,15 @@ from lal.core.run import (
 from .task import Task, encode, epoch_orders, make_split
 
 # %% ../../nbs/core/06_trainer.ipynb #39bc07a6
-def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_all: bool = False
+) -> list[dict]:
     "Optimizer groups: decayed matrices first, then everything else with decay 0."
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed = [decay_all or (p.ndim > 1 and id(p) not in embeddings) for p in model.parameters()]
+    decayed = [
+        decay_all or (p.ndim > 1 and id(p) not in embeddings)
+        for p in model.parameters()
+    ]
     groups = [
         [p for p, d in zip(model.parameters(), decayed) if d],
         [p for p, d in zip(model.parameters(), decayed) if not d],
@@ -54,10 +72,16 @@ def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         next(model.parameters()).device.type in ("cpu", "cuda"),
     )
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+        return torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, fused=fused
+        )
     Adam = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
     return Adam(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=fused,
     )
 
 # %% ../../nbs/core/06_trainer.ipynb #022c2c29
@@ -69,7 +93,9 @@ def lr_factor(config: Config, epoch: int) -> float:
     if config.scheduler == "constant":
         return 1.0
     low = config.min_lr / config.lr
-    return low + (1 - low) * (1 + math.cos(math.pi * min(1.0, (epoch - w) / (T - w)))) / 2
+    return (
+        low + (1 - low) * (1 + math.cos(math.pi * min(1.0, (epoch - w) / (T - w)))) / 2
+    )
 
 # %% ../../nbs/core/06_trainer.ipynb #3899bd9b
 CHUNK = 65_536  # examples evaluated at once
@@ -187,7 +213,9 @@ class Reporter:
     def log(self, row: dict) -> None:
         if not self.show:
             return
-        self.bar.update(self.task, note=f"train {row['train_acc']:.0%} test {row['test_acc']:.0%}")
+        self.bar.update(
+            self.task, note=f"train {row['train_acc']:.0%} test {row['test_acc']:.0%}"
+        )
         self.bar.console.print(log_line(row), highlight=False)
 
     def epoch(self, epoch: int) -> None:
@@ -214,13 +242,19 @@ class TrainState:
         return cls(
             model,
             optimizer,
-            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: lr_factor(config, t)),
+            torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda t: lr_factor(config, t)
+            ),
             generator(config.seed, "order"),
         )
 
     def order_rng(self, config: Config) -> torch.Generator:
         "What the order draws from: only `random` advances it, every other order begins anew."
-        return self.order if config.ordering == "random" else generator(config.seed, "order")
+        return (
+            self.order
+            if config.ordering == "random"
+            else generator(config.seed, "order")
+        )
 
     def keep_best(self, test_acc: float) -> None:
         "Remember these weights as the best so far."
@@ -237,7 +271,9 @@ class TrainState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {
-                k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"
+                k: v
+                for k, v in self.scheduler.state_dict().items()
+                if k != "lr_lambdas"
             },
             "generators": {"order": self.order.get_state()},
         }
@@ -247,13 +283,18 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(
-            {**saved["scheduler"], "lr_lambdas": [None] * len(self.optimizer.param_groups)}
+            {
+                **saved["scheduler"],
+                "lr_lambdas": [None] * len(self.optimizer.param_groups),
+            }
         )
         self.order.set_state(saved["generators"]["order"].cpu())
         self.epoch, self.step = saved["epoch"], saved["step"]
 
 # %% ../../nbs/core/06_trainer.ipynb #286b8c99
-def train_epoch(state: TrainState, config: Config, x: Tensor, y: Tensor, orders) -> Tensor:
+def train_epoch(
+    state: TrainState, config: Config, x: Tensor, y: Tensor, orders
+) -> Tensor:
     "One pass over the training examples; returns the sum of its losses as a device scalar."
     batches = next(orders).split(config.batch_size) if config.batch_size else [None]
     total = torch.zeros((), device=y.device)
@@ -275,9 +316,13 @@ def train_epoch(state: TrainState, config: Config, x: Tensor, y: Tensor, orders)
 class Recorder:
     "Measures, checks and writes what one run has to show."
 
-    def __init__(self, config: Config, state: TrainState, folder: RunFolder, train, test):
+    def __init__(
+        self, config: Config, state: TrainState, folder: RunFolder, train, test
+    ):
         self.config, self.state, self.folder = config, state, folder
         self.train, self.test = train, test  # pairs (inputs, answers)
+        self.seconds = folder.summary.get("seconds", 0.0)  # of earlier parts of the run
+        folder.mark_running()
         # the first epoch whose loss was not finite, kept on the device
         self.bad = torch.full((), math.inf, device=train[1].device)
 
@@ -319,11 +364,20 @@ class Recorder:
             return False
         return all(row["test_acc"] >= goal for row in rows)
 
+    def close(self, status: dict, seconds: float) -> None:
+        "Write what is left, and the summary."
+        self.folder.flush()
+        n = sum(p.numel() for p in self.state.model.parameters())
+        more = {**status, "seconds": self.seconds + seconds, "parameters": n}
+        self.folder.write_summary(summarize(pd.DataFrame(self.folder.rows), **more))
+
 # %% ../../nbs/core/06_trainer.ipynb #f0b91268
 MAY_CHANGE = ("device", "threads", "extra_epochs", "description")
 
 
-def reopen(path: Path, config: Config, extra_epochs: int = 0) -> tuple[RunFolder, Config]:
+def reopen(
+    path: Path, config: Config, extra_epochs: int = 0
+) -> tuple[RunFolder, Config]:
     "The folder to continue and its configuration, `extra_epochs` longer. Raises `ConfigError`."
     folder = RunFolder(path)
     if not folder.is_run:
@@ -335,7 +389,9 @@ def reopen(path: Path, config: Config, extra_epochs: int = 0) -> tuple[RunFolder
             reason = f"the run in {path} has {name} = {then}; a resumed run goes on as it began"
             raise ConfigError(reason, name, now)
     extra = theirs.extra_epochs + extra_epochs
-    config = with_values(theirs, device=config.device, threads=config.threads, extra_epochs=extra)
+    config = with_values(
+        theirs, device=config.device, threads=config.threads, extra_epochs=extra
+    )
     folder.write_config(config)
     return folder, config
 
@@ -352,6 +408,39 @@ def restore(state: TrainState, folder: RunFolder, device: torch.device) -> None:
         state.best = best
 
 # %% ../../nbs/core/06_trainer.ipynb #c20e438f
+def load_data(config: Config, state: TrainState, device: torch.device):
+    "Training pair (inputs, answers), test pair, and the iterator over orders."
+    c, task = config, Task(config.p, config.operation)
+    sizes = c.train_size, c.test_size
+    split = make_split(task, c.train_frac, c.data_seed, *sizes, device)
+    train, test = (
+        (encode(e, state.model.encoding), e.y) for e in (split.train, split.test)
+    )
+    return (
+        train,
+        test,
+        epoch_orders(split.train, c.ordering, c.stride, state.order_rng(c)),
+    )
+
+# %% ../../nbs/core/06_trainer.ipynb #6af3edce
+def train_epochs(recorder: Recorder, orders, reporter: Reporter, asked: list) -> None:
+    "Train to the end. Raises `NonFiniteLoss`, and `Interrupted` once `asked` is not empty."
+    c, s = recorder.config, recorder.state
+    last = c.epochs + c.extra_epochs
+    if s.epoch == 0:
+        reporter.log(recorder.log())
+    while s.epoch < last and not recorder.reached():
+        recorder.watch(train_epoch(s, c, *recorder.train, orders))
+        if s.epoch % c.log_every == 0 or s.epoch == last:
+            reporter.log(recorder.log())
+        done = s.epoch == last or recorder.reached()
+        if s.epoch % c.checkpoint_every == 0 or done or asked:
+            recorder.save()
+        reporter.epoch(s.epoch)
+        if asked and not done:
+            raise Interrupted(f"stopped after epoch {s.epoch}")
+
+# %% ../../nbs/core/06_trainer.ipynb #5b55b259
 class Trainer:
     "Trains one configuration into a run folder `root/<name>`."
 
@@ -360,10 +449,13 @@ class Trainer:
         config: Config,
         root: str | Path = "runs",  # where run folders live
         overwrite: bool = False,  # replace an existing run of that name
-        progress: bool | None = None,  # bar and log lines; by default only on a terminal
+        progress: bool
+        | None = None,  # bar and log lines; by default only on a terminal
     ):
         if config.seeds is not None:
-            reason = "a Trainer trains one seed; make one for each of `one_per_seed(config)`"
+            reason = (
+                "a Trainer trains one seed; make one for each of `one_per_seed(config)`"
+            )
             raise ConfigError(reason, "seeds", config.seeds)
         self.config, self.root, self.overwrite = config, Path(root), overwrite
         self.progress = sys.stderr.isatty() if progress is None else progress
@@ -377,60 +469,35 @@ class Trainer:
         resume: bool = False,  # continue a stopped run from its newest checkpoint
         extra_epochs: int = 0,  # go on after the end, for so many epochs
     ) -> RunFolder:  # raises `NonFiniteLoss`, `Interrupted`, `ConfigError`
-        "Train to the end, whatever that is, and leave a summary that says how it went."
+        "Train, and leave a summary that says how it ended."
         with threads(self.config.threads):
-            recorder = self._open(resume or extra_epochs > 0, extra_epochs)
-            before, began = self.folder.summary.get("seconds", 0.0), time.perf_counter()
-            self.folder.mark_running()
-            status = {"status": "interrupted"}
+            recorder, orders = self._open(resume or extra_epochs > 0, extra_epochs)
+            status, began = {"status": "interrupted"}, time.perf_counter()
             try:
-                self._train(recorder)
+                with (
+                    deterministic(self.config.deterministic),
+                    stop_requests() as asked,
+                    Reporter(self.config, self.progress) as reporter,
+                ):
+                    train_epochs(recorder, orders, reporter, asked)
                 status = {"status": "finished"}
             except Exception as error:
                 status = {"status": "failed", "error": str(error)}
                 raise
             finally:
-                self.folder.flush()
-                status["seconds"] = before + time.perf_counter() - began
-                status["parameters"] = sum(p.numel() for p in self.state.model.parameters())
-                self.folder.write_summary(summarize(pd.DataFrame(self.folder.rows), **status))
+                recorder.close(status, time.perf_counter() - began)
         return self.folder
 
-    def _open(self, resume: bool, extra_epochs: int) -> Recorder:
-        "Folder, state and data, fresh or as they were at the newest checkpoint."
+    def _open(self, resume: bool, extra_epochs: int):
+        "Folder, state and data: fresh, or as they were at the newest checkpoint."
         path = self.root / self.config.name
         if resume:
             self.folder, self.config = reopen(path, self.config, extra_epochs)
         else:
             here = environment(self.device)
-            self.folder = RunFolder.create(self.root, self.config, here, self.overwrite)
-        c, device = self.config, self.device
-        self.state = TrainState.create(c, device)
+            self.folder = create_run(self.root, self.config, here, self.overwrite)
+        self.state = TrainState.create(self.config, self.device)
         if resume:
-            restore(self.state, self.folder, device)
-        task, sizes = Task(c.p, c.operation), (c.train_size, c.test_size)
-        split = make_split(task, c.train_frac, c.data_seed, *sizes, device)
-        self.orders = epoch_orders(split.train, c.ordering, c.stride, self.state.order_rng(c))
-        parts = [(encode(e, self.state.model.encoding), e.y) for e in (split.train, split.test)]
-        return Recorder(c, self.state, self.folder, *parts)
-
-    def _train(self, recorder: Recorder) -> None:
-        "Epochs until the last one, the stopping rule, or a request to stop."
-        c, s, last = self.config, self.state, self.config.epochs + self.config.extra_epochs
-        with (
-            deterministic(c.deterministic),
-            stop_requests() as asked,
-            Reporter(c, self.progress) as reporter,
-        ):
-            if s.epoch == 0:
-                reporter.log(recorder.log())
-            while s.epoch < last and not recorder.reached():
-                recorder.watch(train_epoch(s, c, *recorder.train, self.orders))
-                if s.epoch % c.log_every == 0 or s.epoch == last:
-                    reporter.log(recorder.log())
-                done = s.epoch == last or recorder.reached()
-                if s.epoch % c.checkpoint_every == 0 or done or asked:
-                    recorder.save()
-                reporter.epoch(s.epoch)
-                if asked and not done:
-                    raise Interrupted(f"stopped after epoch {s.epoch}")
+            restore(self.state, self.folder, self.device)
+        train, test, orders = load_data(self.config, self.state, self.device)
+        return Recorder(self.config, self.state, self.folder, train, test), orders
