@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 import pandas as pd
 import yaml
+from ..core.device import ran_on
 from lal.core.run import (
     RunFolder,
     checkpoints,
@@ -64,6 +65,14 @@ class Run:
     @property
     def has_grokked(self) -> bool:
         return self.grok_epoch is not None
+
+    @property
+    def ran_on(self) -> str:
+        "One line: device, torch version, p, seed and seconds of training."
+        c, e, seconds = self.config, self.environment, self.summary.get("seconds", 0.0)
+        return ran_on(
+            e["device_name"], c["p"], c["seed"], seconds, e["versions"]["torch"]
+        )
 
     @property
     def epochs_saved(self) -> list[int]:

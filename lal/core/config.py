@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'NAME', 'ConfigError', 'Condition', 'at_least', 'above', 'between', 'from_to', 'one_of', 'key',
            'register_section', 'modular_problems', 'Modular', 'Config', 'to_type', 'config_keys', 'nearest',
-           'check_value', 'make_config', 'read_yaml', 'shipped_configs', 'find_config', 'parse_set', 'load_config',
-           'to_dict', 'to_yaml', 'with_values', 'one_per_seed', 'keys_table']
+           'check_value', 'a_mapping', 'make_config', 'read_yaml', 'shipped_configs', 'find_config', 'parse_set',
+           'load_config', 'to_dict', 'to_yaml', 'with_values', 'one_per_seed', 'keys_table']
 
 # %% ../../nbs/core/04_config.ipynb #bcfa6e95
 import difflib, math, re
@@ -325,14 +325,19 @@ def check_value(value, kind, declared):
     return value
 
 # %% ../../nbs/core/04_config.ipynb #07e7e405
+def a_mapping(values, source: str | None = None) -> dict:
+    "The values, which must be a mapping; `ConfigError` otherwise."
+    if isinstance(values, dict):
+        return values
+    kind = "an empty file" if values is None else f"a {type(values).__name__}"
+    raise ConfigError(f"must be a mapping of keys to values, not {kind}", source=source)
+
+# %% ../../nbs/core/04_config.ipynb #0d9c4e6b
 def make_config(
     values: dict | None = None, source: str | None = None, **more
 ) -> Config:
     "A checked `Config` from a dict, keywords, or both. `ConfigError` names key, value and `source`."
-    if not isinstance(values or {}, dict):
-        reason = f"a configuration must be a mapping of keys to values, not a {type(values).__name__}"
-        raise ConfigError(reason, source=source)
-    values = {**(values or {}), **more}
+    values = {**a_mapping(values or {}, source), **more}
     experiment = values.pop("experiment", "modular")
     if experiment not in SECTIONS:
         raise ConfigError(
@@ -363,17 +368,18 @@ def make_config(
 
 
 def _flatten(values, experiment, source):
-    inner = values.pop(experiment, None)
-    if inner is None:
-        return values
+    outer = {k: v for k, v in values.items() if k != experiment}
+    if experiment not in values:
+        return outer
+    inner = values[experiment]
     if not isinstance(inner, dict):
         raise ConfigError(
             "must be a mapping of keys to values", experiment, inner, source
         )
-    if twice := [k for k in inner if k in values]:
+    if twice := [k for k in inner if k in outer]:
         reason = f"given both at the top and under '{experiment}'"
         raise ConfigError(reason, twice[0], inner[twice[0]], source)
-    return {**values, **inner}
+    return {**outer, **inner}
 
 # %% ../../nbs/core/04_config.ipynb #a941c91b
 class _Loader(yaml.SafeLoader):
@@ -428,9 +434,8 @@ def find_config(name: str) -> Path:
     if name in (known := shipped_configs()):
         return known[name]
     raise ConfigError(
-        f"no configuration is called '{name}'{nearest(name, known)} Shipped: {', '.join(known)}. For a file of your own, give its path, ending in .yaml"
-        if nearest(name, known)
-        else f"no configuration is called '{name}'. Shipped: {', '.join(known)}. For a file of your own, give its path, ending in .yaml"
+        f"no configuration is called '{name}'{nearest(name, known) or '.'} "
+        f"Shipped: {', '.join(known)}. A file of your own is named by its path, ending in .yaml"
     )
 
 # %% ../../nbs/core/04_config.ipynb #95013bcd
@@ -453,23 +458,14 @@ def load_config(
 ) -> Config:
     "A checked configuration from a shipped name or a file; its `name` is the file's name unless the file gives one."
     path = find_config(str(name))
-    values = read_yaml(path)
-    config = make_config(
-        {"name": path.stem} | values
-        if isinstance(values, dict)
-        else []
-        if values is None
-        else values,
-        source=str(path),
-    )
+    values = a_mapping(read_yaml(path), str(path))
+    config = make_config({"name": path.stem, **values}, source=str(path))
     if not changes:
         return config
     new = dict(parse_set(c) for c in changes)
-    merged = _flatten(dict(values), config.experiment, str(path))
-    return make_config(
-        {"name": path.stem} | merged | new,
-        source=f"{path} with --set {' --set '.join(changes)}",
-    )
+    values = _flatten(values, config.experiment, str(path))
+    source = f"{path} with --set {' --set '.join(changes)}"
+    return make_config({"name": path.stem, **values, **new}, source=source)
 
 # %% ../../nbs/core/04_config.ipynb #e186bbff
 def to_dict(config: Config) -> dict:

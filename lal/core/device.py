@@ -177,6 +177,7 @@ def ran_on(
     p: int,  # modulus of the task
     seed: int | list[int],  # the run's seed, or several
     seconds: float,  # wall-clock time of training
+    torch_version: str = torch.__version__,
 ) -> str:
     "One line that says what a result ran on."
     seeds = (
@@ -184,6 +185,4 @@ def ran_on(
         if isinstance(seed, (list, tuple))
         else f"seed {seed}"
     )
-    return (
-        f"ran on {device}, torch {torch.__version__}, p = {p}, {seeds}, {seconds:.1f} s"
-    )
+    return f"ran on {device}, torch {torch_version}, p = {p}, {seeds}, {seconds:.1f} s"

@@ -449,8 +449,7 @@ class Trainer:
         config: Config,
         root: str | Path = "runs",  # where run folders live
         overwrite: bool = False,  # replace an existing run of that name
-        progress: bool
-        | None = None,  # bar and log lines; by default only on a terminal
+        progress: bool | None = None,  # bar and lines; on a terminal if `None`
     ):
         if config.seeds is not None:
             reason = (
