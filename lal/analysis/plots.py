@@ -116,22 +116,23 @@ def finding(runs) -> str:
     "What these runs show about memorising and generalising, in one sentence."
     stages = [(memorised_epoch(r.history), grok_epoch(r.history)) for r in runs]
     both = [(m, g) for m, g in stages if m is not None and g is not None]
-    what = (
-        "the run"
-        if len(runs) == 1
-        else f"all {len(runs)} runs"
-        if len(both) == len(runs)
-        else f"{len(both)} of {len(runs)} runs"
+    memorised = sum(m is not None for m, _ in stages)
+    n = len(runs)
+    who = "The run" if n == 1 else "Both runs" if n == 2 else f"All {n} runs"
+    if not both:
+        if 0 < memorised < n:
+            return f"{memorised} of {n} runs memorised, and none grokked"
+        return (
+            f"{who} memorised, and did not grok"
+            if memorised
+            else f"{who} did not memorise"
+        )
+    who = who if len(both) == n else f"{len(both)} of {n} runs"
+    m, g = (np.median([pair[k] for pair in both]) for k in (0, 1))
+    when = f"at epoch {g:,.0f}, memorised at {m:,.0f}"
+    return (
+        f"{who} grokked: {when}" if len(both) == 1 else f"{who} grokked: median {when}"
     )
-    if both:
-        m, g = (np.median([pair[k] for pair in both]) for k in (0, 1))
-        middle = "" if len(both) == 1 else " (medians)"
-        if g <= m:
-            return f"{what} generalised at epoch {g:,.0f}, no later than memorising{middle}".capitalize()
-        return f"{what} memorised at epoch {m:,.0f} and generalised at {g:,.0f}{middle}".capitalize()
-    if any(m is not None for m, _ in stages):
-        return f"{'The run' if len(runs) == 1 else 'Runs'} memorised, and did not generalise"
-    return f"{'The run' if len(runs) == 1 else 'No run'} {'did not memorise' if len(runs) == 1 else 'memorised'}"
 
 # %% ../../nbs/analysis/01_plots.ipynb #74dec8ea
 def training_curves(

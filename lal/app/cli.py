@@ -357,8 +357,6 @@ def _cell(value) -> str:
 OPTIONAL = (
     ("nbdev", "edit and test the notebooks", "pip install 'lal[dev]'"),
     ("pypandoc", "preview pages (make preview)", "pip install 'lal[dev]'"),
-    ("gradio", "the dashboard", "pip install 'lal[app]'"),
-    ("submitit", "sweeps on SLURM", "pip install 'lal[slurm]'"),
 )
 PROGRAMS = (
     ("quarto", "render the site (make docs)", "pip install quarto-cli, or quarto.org"),

@@ -252,8 +252,14 @@ class Config:
         "learning rate after warm-up: constant, or cosine down to min_lr",
         one_of("constant", "cosine"),
     )
-    min_lr: float = key(0.0, "last learning rate of the cosine", at_least(0))
-    warmup_epochs: int = key(0, "epochs of linear warm-up from 0", at_least(0))
+    min_lr: float = key(
+        0.0, "learning rate the cosine reaches after the last epoch", at_least(0)
+    )
+    warmup_epochs: int = key(
+        0,
+        "epochs of linear warm-up, beginning at lr / (warmup_epochs + 1)",
+        at_least(0),
+    )
     log_every: int = key(100, "epochs between log points", at_least(1))
     checkpoint_every: int = key(5_000, "epochs between checkpoints", at_least(1))
 
@@ -270,6 +276,11 @@ class Config:
         "Yield `(key, reason)` for every combination of common keys that can't be right."
         if self.min_lr > self.lr:
             yield "min_lr", f"must not be larger than lr = {self.lr:g}"
+        if self.extra_epochs and self.scheduler == "cosine" and self.min_lr == 0:
+            yield (
+                "extra_epochs",
+                "the cosine ends at min_lr = 0, where nothing is learned",
+            )
         if self.warmup_epochs >= self.epochs:
             yield "warmup_epochs", f"must be smaller than epochs = {self.epochs}"
 

@@ -20,7 +20,7 @@ def write_whole(
     path: Path,
     write: Callable[[Path], None],  # writes the content to the path it is given
 ) -> None:
-    "Make the file appear at `path` complete or not at all. A failure leaves the previous file and no litter."
+    "Make the file appear at `path` complete or not at all. An error leaves the previous file and nothing else."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -122,7 +122,7 @@ class RunFolder:
         (self.path / "summary.json").unlink(missing_ok=True)
 
     def log(self, row: dict) -> None:
-        "Add a row to the history; it is on disk within ten seconds, or at the next `flush`."
+        "Add a row; rows are written when ten seconds have passed since the last write."
         self.rows.append(row)
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
