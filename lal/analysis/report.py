@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.io as pio
 import yaml
 from .plots import finding, training_curves
-from .runs import Run, runs_table
+from .runs import Run, RunError
 from ..core.run import GROKKED, IN_A_ROW, MEMORISED, write_whole
 
 # %% ../../nbs/analysis/04_report.ipynb #75364f9f
@@ -124,6 +124,9 @@ def write_report(
     path: str | Path,  # the HTML file
 ) -> Path:
     "Write the page, whole or not at all; returns its path."
-    html = report_html([runs] if isinstance(runs, Run) else list(runs))
+    runs = [r for r in ([runs] if isinstance(runs, Run) else runs) if len(r.history)]
+    if not runs:
+        raise RunError(f"{path}: none of the runs has a row to show")
+    html = report_html(runs)
     write_whole(Path(path), lambda draft: draft.write_text(html, encoding="utf-8"))
     return Path(path)

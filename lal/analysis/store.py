@@ -6,6 +6,8 @@
 __all__ = ['run_row', 'QueryError', 'lock', 'RunStore']
 
 # %% ../../nbs/analysis/03_store.ipynb #a25260fc
+import sys
+from glob import escape
 from pathlib import Path
 import duckdb
 import pandas as pd
@@ -54,8 +56,8 @@ class RunStore:
     def query(self, sql: str, params: list | dict | None = None) -> pd.DataFrame:
         "The answer to one SELECT as a DataFrame. `params` fill `?` or `$name`. Raises `QueryError`."
         with duckdb.connect(":memory:") as db:
-            self._views(db)
             try:
+                self._views(db)
                 kinds = [s.type for s in db.extract_statements(sql)]
                 if kinds != [duckdb.StatementType.SELECT]:
                     raise QueryError("the store answers one SELECT and nothing else")
@@ -71,7 +73,7 @@ class RunStore:
             else "CREATE TABLE runs (run VARCHAR, status VARCHAR, p BIGINT, grok_epoch BIGINT)"
         )
         files = [
-            str(f)
+            escape(str(f))
             for f in sorted(self.root.glob("*/history.parquet"))
             if f.parent in self._rows
         ]
@@ -99,6 +101,6 @@ class RunStore:
                 try:
                     seen[path] = stamp, run_row(Run(path))
                 except RunError as error:
-                    print(f"skipped {error}")
+                    print(f"skipped {error}", file=sys.stderr)
         self._rows = seen
         return [row for _, row in seen.values()]

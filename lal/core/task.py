@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPERATIONS', 'ENCODINGS', 'ONEHOT_LIMIT', 'ORDERINGS', 'is_prime', 'Task', 'Examples', 'examples', 'encode',
-           'vocabulary', 'onehot_width', 'draw_distinct', 'Split', 'make_split', 'fixed_order', 'epoch_orders']
+           'vocabulary', 'onehot_width', 'onehot_bytes', 'draw_distinct', 'Split', 'make_split', 'fixed_order',
+           'epoch_orders']
 
 # %% ../../nbs/core/02_task.ipynb #0c6f3b99
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def encode(e: Examples, encoding: str) -> Tensor:
         raise ValueError(
             f"encoding = {encoding!r}: must be one of {', '.join(ENCODINGS)}"
         )
-    if (size := len(e) * onehot_width(e.task) * 4) > ONEHOT_LIMIT:
+    if (size := onehot_bytes(e.task, len(e))) > ONEHOT_LIMIT:
         raise ValueError(
             f"one-hot inputs for {len(e):,} examples at p = {p} take {size / 2**30:.0f} GiB; use a token model, or fewer examples"
         )
@@ -157,6 +158,11 @@ def vocabulary(task: Task) -> int:
 def onehot_width(task: Task) -> int:
     "Columns of the one-hot encoding."
     return 2 * task.p + (2 if task.operation == "both" else 0)
+
+# %% ../../nbs/core/02_task.ipynb #bc5c4b0d
+def onehot_bytes(task: Task, n: int) -> int:
+    "Memory of the one-hot encoding of `n` examples in float32, bytes."
+    return n * onehot_width(task) * 4
 
 # %% ../../nbs/core/02_task.ipynb #08e7e0c3
 def draw_distinct(

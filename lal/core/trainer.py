@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'MAY_CHANGE', 'parameter_groups', 'create_optimizer', 'lr_factor', 'evaluate', 'weight_norm', 'measure',
            'NonFiniteLoss', 'Interrupted', 'stop_requests', 'log_line', 'Reporter', 'TrainState', 'train_epoch',
-           'Recorder', 'reopen', 'restore', 'load_data', 'train_epochs', 'Trainer']
+           'Recorder', 'as_begun', 'restore', 'load_data', 'last_epoch', 'train_epochs', 'Trainer']
 
 # %% ../../nbs/core/06_trainer.ipynb #d8e2d19e
 import math, signal, sys, time
@@ -117,7 +117,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             loss + F.cross_entropy(logits, ys, reduction="sum"),
             right + (logits.argmax(1) == ys).sum(),
         )
-    return loss / len(y), right / len(y)
+    return loss / len(y), right.to(double) / len(y)
 
 # %% ../../nbs/core/06_trainer.ipynb #f181d98b
 @torch.no_grad()
@@ -321,8 +321,8 @@ class Recorder:
     ):
         self.config, self.state, self.folder = config, state, folder
         self.train, self.test = train, test  # pairs (inputs, answers)
-        self.seconds = folder.summary.get("seconds", 0.0)  # of earlier parts of the run
-        folder.mark_running()
+        earlier = folder.summary.get("seconds", 0.0)
+        self.seconds = earlier if isinstance(earlier, float) else 0.0
         # the first epoch whose loss was not finite, kept on the device
         self.bad = torch.full((), math.inf, device=train[1].device)
 
@@ -360,9 +360,13 @@ class Recorder:
     def reached(self) -> bool:
         "Whether the stopping rule is met: test accuracy high at five log points in a row."
         goal, rows = self.config.stop_at_test_acc, self.folder.rows[-IN_A_ROW:]
-        if goal is None or self.config.extra_epochs or len(rows) < IN_A_ROW:
+        if goal is None or self.config.until or len(rows) < IN_A_ROW:
             return False
         return all(row["test_acc"] >= goal for row in rows)
+
+    def complete(self) -> bool:
+        "Whether the last epoch, or the stopping rule, has been reached."
+        return self.state.epoch >= last_epoch(self.config) or self.reached()
 
     def close(self, status: dict, seconds: float) -> None:
         "Write what is left, and the summary."
@@ -372,61 +376,70 @@ class Recorder:
         self.folder.write_summary(summarize(pd.DataFrame(self.folder.rows), **more))
 
 # %% ../../nbs/core/06_trainer.ipynb #f0b91268
-MAY_CHANGE = ("device", "threads", "extra_epochs", "description")
+MAY_CHANGE = ("device", "threads", "until", "description")
 
 
-def reopen(
-    path: Path, config: Config, extra_epochs: int = 0
-) -> tuple[RunFolder, Config]:
-    "The folder to continue and its configuration, `extra_epochs` longer. Raises `ConfigError`."
-    folder = RunFolder(path)
-    if not folder.is_run:
-        raise ConfigError("there is no run to resume here", source=str(path))
-    theirs = folder.config
-    for name in config_keys(theirs.experiment):
-        then, now = getattr(theirs, name), getattr(config, name)
+def as_begun(
+    theirs: Config,  # the configuration in the folder
+    wanted: Config,  # the configuration asked for now
+    keys=None,  # compare these keys only; all when `None`
+    source: str | None = None,  # where `wanted` came from, for the error
+) -> Config:  # raises `ConfigError` on a contradiction
+    "The configuration to go on with: theirs, with device, threads and length as wanted."
+    for name in config_keys(theirs.experiment) if keys is None else keys:
+        then, now = getattr(theirs, name), getattr(wanted, name)
         if name not in MAY_CHANGE and then != now:
-            reason = f"the run in {path} has {name} = {then}; a resumed run goes on as it began"
-            raise ConfigError(reason, name, now)
-    extra = theirs.extra_epochs + extra_epochs
-    config = with_values(
-        theirs, device=config.device, threads=config.threads, extra_epochs=extra
-    )
-    folder.write_config(config)
-    return folder, config
+            reason = f"the run has {name} = {then}, and goes on as it began"
+            raise ConfigError(reason, name, now, source or theirs.name)
+    device = theirs.device if wanted.device == "auto" else wanted.device
+    threads, until = wanted.threads or theirs.threads, wanted.until or theirs.until
+    return with_values(theirs, device=device, threads=threads, until=until)
 
 # %% ../../nbs/core/06_trainer.ipynb #2e5793c6
 def restore(state: TrainState, folder: RunFolder, device: torch.device) -> None:
     "Bring state and history back to the newest checkpoint; without one, to the beginning."
     if not (saved := checkpoints(folder.path)):
         return
-    state.restore(load_checkpoint(saved[-1], device))
+    try:
+        state.restore(load_checkpoint(saved[-1], device))
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = "does not fit this run; delete it to use the one before"
+        raise ConfigError(reason, source=str(saved[-1])) from None
     rows = folder.history.to_dict("records")
     folder.rows = [row for row in rows if row["epoch"] <= state.epoch]
-    best = load_checkpoint(saved[-1].with_name("best.pt"), device)
-    if best["epoch"] <= state.epoch:  # a later one will be met again
-        state.best = best
+    best = saved[-1].with_name("best.pt")
+    kept = load_checkpoint(best, device) if best.exists() else None
+    if kept and kept["epoch"] <= state.epoch:  # a later one will be met again
+        state.best = kept
 
 # %% ../../nbs/core/06_trainer.ipynb #c20e438f
 def load_data(config: Config, state: TrainState, device: torch.device):
-    "Training pair (inputs, answers), test pair, and the iterator over orders."
+    "Training pair (inputs, answers), test pair, and a function that makes the iterator over orders."
     c, task = config, Task(config.p, config.operation)
     sizes = c.train_size, c.test_size
     split = make_split(task, c.train_frac, c.data_seed, *sizes, device)
     train, test = (
         (encode(e, state.model.encoding), e.y) for e in (split.train, split.test)
     )
-    return (
-        train,
-        test,
-        epoch_orders(split.train, c.ordering, c.stride, state.order_rng(c)),
-    )
+
+    def orders():
+        "The iterator; made last, since `random` draws from the restored generator."
+        return epoch_orders(split.train, c.ordering, c.stride, state.order_rng(c))
+
+    return train, test, orders
 
 # %% ../../nbs/core/06_trainer.ipynb #6af3edce
+def last_epoch(config: Config) -> int:
+    "The epoch after which a run ends: `until` when it goes on, else `epochs`."
+    return config.epochs if config.until is None else config.until
+
+# %% ../../nbs/core/06_trainer.ipynb #0de074ab
 def train_epochs(recorder: Recorder, orders, reporter: Reporter, asked: list) -> None:
     "Train to the end. Raises `NonFiniteLoss`, and `Interrupted` once `asked` is not empty."
     c, s = recorder.config, recorder.state
-    last = c.epochs + c.extra_epochs
+    last = last_epoch(c)
     if s.epoch == 0:
         reporter.log(recorder.log())
     while s.epoch < last and not recorder.reached():
@@ -437,7 +450,7 @@ def train_epochs(recorder: Recorder, orders, reporter: Reporter, asked: list) ->
         if s.epoch % c.checkpoint_every == 0 or done or asked:
             recorder.save()
         reporter.epoch(s.epoch)
-        if asked and not done:
+        if asked:
             raise Interrupted(f"stopped after epoch {s.epoch}")
 
 # %% ../../nbs/core/06_trainer.ipynb #5b55b259
@@ -457,6 +470,7 @@ class Trainer:
             )
             raise ConfigError(reason, "seeds", config.seeds)
         self.config, self.root, self.overwrite = config, Path(root), overwrite
+        self.state = None
         self.progress = sys.stderr.isatty() if progress is None else progress
         try:
             self.device = resolve_device(config.device)
@@ -469,34 +483,57 @@ class Trainer:
         extra_epochs: int = 0,  # go on after the end, for so many epochs
     ) -> RunFolder:  # raises `NonFiniteLoss`, `Interrupted`, `ConfigError`
         "Train, and leave a summary that says how it ended."
-        with threads(self.config.threads):
+        c = self.config
+        with (
+            threads(c.threads),
+            deterministic(c.deterministic),
+            stop_requests() as asked,
+        ):
             recorder, orders = self._open(resume or extra_epochs > 0, extra_epochs)
-            status, began = {"status": "interrupted"}, time.perf_counter()
+            status, began = "failed", time.perf_counter()
+            more = {}
             try:
-                with (
-                    deterministic(self.config.deterministic),
-                    stop_requests() as asked,
-                    Reporter(self.config, self.progress) as reporter,
-                ):
+                with Reporter(self.config, self.progress) as reporter:
                     train_epochs(recorder, orders, reporter, asked)
-                status = {"status": "finished"}
+                status = "finished"
+            except KeyboardInterrupt:
+                status = "finished" if recorder.complete() else "interrupted"
+                raise
             except Exception as error:
-                status = {"status": "failed", "error": str(error)}
+                more = {"error": str(error)}
                 raise
             finally:
-                recorder.close(status, time.perf_counter() - began)
+                recorder.close({"status": status, **more}, time.perf_counter() - began)
         return self.folder
 
     def _open(self, resume: bool, extra_epochs: int):
         "Folder, state and data: fresh, or as they were at the newest checkpoint."
         path = self.root / self.config.name
         if resume:
-            self.folder, self.config = reopen(path, self.config, extra_epochs)
+            if not RunFolder(path).is_run:
+                raise ConfigError("there is no run to resume here", source=str(path))
+            self.folder = RunFolder(path)
+            self.config = as_begun(self.folder.config, self.config)
+        state, data = self._build()
+        if resume:
+            restore(state, self.folder, self.device)
+            if extra_epochs:
+                self.config = with_values(self.config, until=state.epoch + extra_epochs)
+            self.folder.write_config(self.config)
         else:
             here = environment(self.device)
             self.folder = create_run(self.root, self.config, here, self.overwrite)
-        self.state = TrainState.create(self.config, self.device)
-        if resume:
-            restore(self.state, self.folder, self.device)
-        train, test, orders = load_data(self.config, self.state, self.device)
-        return Recorder(self.config, self.state, self.folder, train, test), orders
+        train, test, orders = data
+        self.state = state
+        recorder = Recorder(self.config, state, self.folder, train, test)
+        self.folder.mark_running()
+        return recorder, orders()
+
+    def _build(self):
+        "State and data, before anything is written; `ConfigError` when they don't fit."
+        try:
+            state = TrainState.create(self.config, self.device)
+            return state, load_data(self.config, state, self.device)
+        except (RuntimeError, MemoryError) as error:
+            reason = f"model or data can't be built: {str(error).splitlines()[0][:200]}"
+            raise ConfigError(reason, source=self.config.name) from None

@@ -1,0 +1,154 @@
+"Runs that are continued, extended, overwritten or damaged: one line and an exit code, and nothing lost."
+import json, signal
+from pathlib import Path
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+from lal.analysis.runs import load_run
+from lal.app.cli import app
+from lal.core.config import load_config, make_config, with_values
+from lal.core.run import RunFolder
+from lal.core.trainer import Interrupted, Recorder, Trainer
+
+SMALL = ("--set", "p=11", "--set", "epochs=8", "--set", "batch_size=16", "--set", "device=cpu", "--set", "checkpoint_every=4", "--set", "warmup_epochs=0")
+
+
+def lal(root: Path, *words, expect=0, small=SMALL) -> str:
+    result = CliRunner().invoke(app, ["train", "quickstart", *small, "--root", str(root), *map(str, words)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == expect, result.output
+    return result.output
+
+
+def one(root: Path, *words, **options) -> str:
+    return lal(root, "--set", "seeds=null", "--name", "one", *words, **options)
+
+
+def config(run: Path) -> dict:
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    return {**values, **values["modular"]}
+
+
+def test_a_seed_added_on_resume_trains_like_its_siblings(tmp_path):
+    lal(tmp_path, "--set", "seeds=[0]", "--name", "x")
+    lal(tmp_path, "--set", "seeds=[0, 1]", "--name", "x", "--resume", small=())
+    first, second = (config(tmp_path / f"x_seed{k}") for k in (0, 1))
+    assert second["p"] == 11 and {k: v for k, v in first.items() if k not in ("name", "seed", "modular")} == {k: v for k, v in second.items() if k not in ("name", "seed", "modular")}
+
+
+@pytest.mark.parametrize("change", ["p=13", "lr=0.1", "modular.p=13", "modular={p: 13}"])
+def test_resuming_with_a_contradiction_is_refused_also_when_finished(change, tmp_path):
+    one(tmp_path)
+    before = (tmp_path / "one/config.yaml").read_bytes()
+    said = one(tmp_path, "--resume", "--set", change, expect=2, small=())
+    assert "goes on as it began" in said and said.count("\n") == 1
+    assert (tmp_path / "one/config.yaml").read_bytes() == before
+
+
+def test_extra_epochs_count_from_where_the_run_stands(tmp_path):
+    one(tmp_path, "--set", "stop_at_test_acc=0.001", "--set", "log_every=1", "--set", "epochs=400")
+    stood = load_run(tmp_path / "one").max_epoch
+    assert stood < 100
+    one(tmp_path, "--extra-epochs", "3", small=())
+    assert load_run(tmp_path / "one").max_epoch == stood + 3
+    assert "finished already" in one(tmp_path, "--resume", "--set", f"until={stood + 3}", small=())
+
+
+def test_a_failed_extension_changes_nothing(tmp_path):
+    one(tmp_path)
+    newest = tmp_path / "one/checkpoints/8.pt"
+    newest.write_bytes(newest.read_bytes()[:500])
+    before = {f: f.read_bytes() for f in (tmp_path / "one").rglob("*") if f.is_file()}
+    assert "8.pt" in one(tmp_path, "--extra-epochs", "2", expect=2, small=())
+    assert before == {f: f.read_bytes() for f in (tmp_path / "one").rglob("*") if f.is_file()}
+
+
+def test_a_signal_in_the_last_epoch_is_not_lost(tmp_path, monkeypatch):
+    log = Recorder.log
+
+    def at_the_end(self):
+        if self.state.epoch == self.config.epochs: signal.raise_signal(signal.SIGTERM)
+        return log(self)
+
+    monkeypatch.setattr(Recorder, "log", at_the_end)
+    trainer = Trainer(make_config(name="x", p=7, epochs=3, device="cpu"), tmp_path)
+    with pytest.raises(Interrupted): trainer.fit()
+    assert load_run(tmp_path / "x").summary["status"] == "finished"
+
+
+def test_overwrite_keeps_what_is_not_a_run_and_what_cannot_be_replaced(tmp_path):
+    (tmp_path / "conf").mkdir()
+    for name in ("config.yaml", "other.txt"): (tmp_path / "conf" / name).write_text("db: mysql\n")
+    said = lal(tmp_path, "--set", "seeds=null", "--name", "conf", "--overwrite", expect=2)
+    assert "not a run folder" in said and (tmp_path / "conf/other.txt").exists()
+    one(tmp_path)
+    said = one(tmp_path, "--overwrite", "--set", "hidden_dim=100000000000", expect=2)
+    assert "can't be built" in said and load_run(tmp_path / "one").max_epoch == 8
+
+
+DAMAGE = {
+    "checkpoint is text": ("checkpoints/8.pt", b"hello"),
+    "checkpoint is cut": ("checkpoints/8.pt", None),
+    "config is empty": ("config.yaml", b""),
+    "config is another's": ("config.yaml", b"db: 1\n"),
+    "config is a list": ("config.yaml", b"- 1\n"),
+    "summary is a list": ("summary.json", b"[]"),
+    "summary is cut": ("summary.json", b'{"status'),
+    "environment is empty": ("environment.json", b"{}"),
+    "history is cut": ("history.parquet", None),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_run_is_one_line_and_hides_no_other(case, tmp_path):
+    one(tmp_path)
+    lal(tmp_path, "--set", "seeds=null", "--name", "two")
+    name, content = DAMAGE[case]
+    file = tmp_path / "one" / name
+    file.write_bytes(file.read_bytes()[:100] if content is None else content)
+    said = one(tmp_path, "--extra-epochs", "2", expect=2, small=())
+    complaints = [line for line in said.splitlines() if line.startswith("lal: ")]
+    assert len(complaints) == 1 and "one" in complaints[0] and "Traceback" not in said
+    for question in ((), ("--sql", "SELECT run FROM runs JOIN history USING (run)")):
+        listed = CliRunner().invoke(app, ["runs", "--root", str(tmp_path), *question])
+        assert listed.exit_code == 0 and "two" in listed.output, listed.output
+
+
+def test_a_checkpoint_of_another_model_is_named(tmp_path):
+    one(tmp_path)
+    file = tmp_path / "one/checkpoints/8.pt"
+    saved = torch.load(file, weights_only=True)
+    torch.save(saved | {"model": {"w": torch.zeros(3)}}, file)
+    assert "8.pt: does not fit this run" in one(tmp_path, "--extra-epochs", "2", expect=2, small=())
+
+
+@pytest.mark.parametrize("words, named", [
+    (("--name", ""), "name = ''"), (("--name", "x" * 300), "at most 100"), (("--name", "x.html"), "not end in .html"), (("--set", "p=1000003"), "from 2 to 1000000"),
+    (("--set", "experiment=[modular]"), "experiment"), (("--set", "[1]=2"), "unknown key"), (("--set", "lr=" + "9" * 400), "must be a number"), (("--set", "p=[[[["), "not valid YAML"),
+])
+def test_odd_values_are_one_line(words, named, tmp_path):
+    said = lal(tmp_path / "runs", *words, expect=2)
+    assert named in said and said.count("\n") == 1 and not (tmp_path / "runs").exists(), said
+
+
+def test_names_are_plain_text_and_other_folders_do_not_shadow_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "2020-01-01").mkdir()
+    said = lal(tmp_path / "runs", "--set", "seeds=null", "--name", "2020-01-01")
+    assert "Open the result" in said and (tmp_path / "runs/2020-01-01.html").exists()
+
+
+def test_fit_leaves_the_process_as_it_found_it(tmp_path):
+    def state(): return (torch.get_rng_state().tolist(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+    before = state()
+    Trainer(make_config(name="x", p=7, epochs=3, threads=1, device="cpu"), tmp_path).fit()
+    with pytest.raises(Exception): Trainer(make_config(name="y", p=7, epochs=3, threads=1, device="cpu", optimizer="sgd", lr=1e30), tmp_path).fit()
+    assert state() == before
+
+
+def test_accuracy_is_exact(tmp_path):
+    from lal.core.trainer import evaluate
+    logits = torch.eye(2)[torch.tensor([0] * 95 + [1] * 5)]
+    assert float(evaluate(lambda x: x, logits, torch.zeros(100, dtype=torch.int64))[1]) == 0.95
