@@ -31,7 +31,13 @@ from lal.core.config import (
     shipped_configs,
     with_values,
 )
-from ..core.device import available_devices, device_name, environment, resolve_device
+from lal.core.device import (
+    available_devices,
+    device_name,
+    environment,
+    resolve_device,
+    threads,
+)
 from ..core.run import RunFolder, checkpoints
 from ..core.trainer import NonFiniteLoss, Trainer, as_begun
 
@@ -204,8 +210,10 @@ def plan(
 def carry_out(trainer: Trainer, going_on: bool, words: list[str]) -> None:
     "Train one run and say in a line how it went; exits with 130 when interrupted."
     c, path = trainer.config, trainer.root / trainer.config.name
+    with threads(c.threads):
+        where = device_name(trainer.device)
     tell(
-        f"{c.name}: {c.operation} mod {c.p}, {c.model_type}, seed {c.seed}, on {device_name(trainer.device)}"
+        f"{c.name}: {c.operation} mod {c.p}, {c.model_type}, seed {c.seed}, on {where}"
     )
     try:
         trainer.fit(resume=going_on and path.exists())

@@ -9,9 +9,8 @@ __all__ = ['SECTIONS', 'MOST_PAIRS', 'NAME', 'ConfigError', 'Condition', 'at_lea
            'changed_keys', 'load_config', 'to_dict', 'to_yaml', 'with_values', 'one_per_seed', 'keys_table']
 
 # %% ../../nbs/core/04_config.ipynb #bcfa6e95
-import difflib, math, re
+import difflib, inspect, math, re
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from types import UnionType
@@ -469,7 +468,7 @@ def read_yaml(path: str | Path) -> Any:
 # %% ../../nbs/core/04_config.ipynb #3bcc0bee
 def shipped_configs() -> dict[str, Path]:
     "Name and file of every configuration that ships with the package."
-    folder = Path(str(files("lal"))) / "configs"
+    folder = Path(inspect.getfile(Task)).parents[1] / "configs"
     return {f.stem: f for f in sorted(folder.glob("*.yaml"))}
 
 # %% ../../nbs/core/04_config.ipynb #3075fd64

@@ -152,3 +152,11 @@ def test_accuracy_is_exact(tmp_path):
     from lal.core.trainer import evaluate
     logits = torch.eye(2)[torch.tensor([0] * 95 + [1] * 5)]
     assert float(evaluate(lambda x: x, logits, torch.zeros(100, dtype=torch.int64))[1]) == 0.95
+
+
+def test_shipped_configs_are_found_beside_a_checkout_called_lal(tmp_path):
+    "A clone lies in a folder called lal; Python started in the folder above sees that folder first."
+    import subprocess, sys
+    (tmp_path / "lal").mkdir()
+    done = subprocess.run([sys.executable, "-c", "from lal.core.config import load_config; print(load_config('quickstart').p)"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "47\n", done.stderr
