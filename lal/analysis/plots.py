@@ -7,7 +7,6 @@ __all__ = ['PALETTE', 'COLORS', 'TEMPLATE', 'figure', 'wrap', 'thin', 'finding',
 
 # %% ../../nbs/analysis/01_plots.ipynb #61553fbd
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from ..core.run import GROKKED, MEMORISED, grok_epoch, memorised_epoch

@@ -24,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
-from .config import Config, ConfigError, config_keys, make_config, with_values
+from .config import Config, ConfigError, config_keys, with_values
 from lal.core.device import (
     deterministic,
     environment,
