@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'WIDE', 'out', 'err', 'configs', 'MOST_ROWS', 'OPTIONAL', 'PROGRAMS', 'say', 'tell', 'exit_codes', 'train',
-           'check_device', 'check_place', 'plan', 'carry_out', 'outcome', 'resume_command', 'list_configs', 'show',
-           'runs', 'doctor', 'main']
+           'check_place', 'plan', 'carry_out', 'outcome', 'resume_command', 'list_configs', 'show', 'runs', 'doctor',
+           'main']
 
 # %% ../../nbs/app/01_cli.ipynb #0812ffb9
 import importlib.util, os, shlex, shutil, sys
@@ -35,11 +35,10 @@ from lal.core.device import (
     available_devices,
     device_name,
     environment,
-    resolve_device,
     threads,
 )
 from ..core.run import RunFolder, checkpoints
-from ..core.trainer import NonFiniteLoss, Trainer, as_begun
+from ..core.trainer import NonFiniteLoss, Trainer, as_begun, available
 
 # %% ../../nbs/app/01_cli.ipynb #03131720
 app = typer.Typer(
@@ -138,7 +137,7 @@ def train(
         source, changes = config or config_file, tuple(changes or ())
         more = {} if name is None else {"name": name}
         whole = load_config(source, changes, **more)
-        check_device(whole, str(find_config(source)))
+        available(whole, str(find_config(source)))
         check_place(root, whole)
         given = changed_keys(changes, whole.experiment)
         going_on = resume or extra_epochs > 0
@@ -150,14 +149,6 @@ def train(
         page = write_report(runs, root / f"{whole.name}.html").resolve().as_uri()
         python = sys.executable if " " not in sys.executable else "python3"
         say(f"\nOpen the result:  {python} -m webbrowser {page}")
-
-# %% ../../nbs/app/01_cli.ipynb #81d279f3
-def check_device(config: Config, source: str) -> None:
-    "`ConfigError` when the configuration asks for a device that is not here."
-    try:
-        resolve_device(config.device)
-    except ValueError as error:
-        raise ConfigError(str(error), "device", config.device, source) from None
 
 # %% ../../nbs/app/01_cli.ipynb #7393083e
 def check_place(root: Path, config: Config) -> None:

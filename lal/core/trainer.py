@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'MAY_CHANGE', 'parameter_groups', 'create_optimizer', 'lr_factor', 'evaluate', 'weight_norm', 'measure',
            'NonFiniteLoss', 'Interrupted', 'stop_requests', 'log_line', 'Reporter', 'TrainState', 'train_epoch',
-           'Recorder', 'as_begun', 'restore', 'load_data', 'last_epoch', 'train_epochs', 'Trainer']
+           'Recorder', 'as_begun', 'restore', 'load_data', 'last_epoch', 'train_epochs', 'available', 'Trainer']
 
 # %% ../../nbs/core/06_trainer.ipynb #d8e2d19e
 import math, signal, sys, time
@@ -454,6 +454,14 @@ def train_epochs(recorder: Recorder, orders, reporter: Reporter, asked: list) ->
             raise Interrupted(f"stopped after epoch {s.epoch}")
 
 # %% ../../nbs/core/06_trainer.ipynb #5b55b259
+def available(config: Config, source: str | None = None) -> torch.device:
+    "The device a configuration asks for; `ConfigError` when it is not here."
+    try:
+        return resolve_device(config.device)
+    except ValueError as error:
+        raise ConfigError(str(error), "device", config.device, source) from None
+
+# %% ../../nbs/core/06_trainer.ipynb #b2be8b80
 class Trainer:
     "Trains one configuration into a run folder `root/<name>`."
 
@@ -472,10 +480,7 @@ class Trainer:
         self.config, self.root, self.overwrite = config, Path(root), overwrite
         self.state = None
         self.progress = sys.stderr.isatty() if progress is None else progress
-        try:
-            self.device = resolve_device(config.device)
-        except ValueError as error:
-            raise ConfigError(str(error), "device", config.device) from None
+        self.device = available(config)
 
     def fit(
         self,
@@ -483,13 +488,16 @@ class Trainer:
         extra_epochs: int = 0,  # go on after the end, for so many epochs
     ) -> RunFolder:  # raises `NonFiniteLoss`, `Interrupted`, `ConfigError`
         "Train, and leave a summary that says how it ended."
+        resume = resume or extra_epochs > 0
+        if resume:
+            self._take_over()
         c = self.config
         with (
             threads(c.threads),
             deterministic(c.deterministic),
             stop_requests() as asked,
         ):
-            recorder, orders = self._open(resume or extra_epochs > 0, extra_epochs)
+            recorder, orders = self._open(resume, extra_epochs)
             status, began = "failed", time.perf_counter()
             more = {}
             try:
@@ -506,14 +514,17 @@ class Trainer:
                 recorder.close({"status": status, **more}, time.perf_counter() - began)
         return self.folder
 
+    def _take_over(self):
+        "Folder and configuration of the run to continue, and with them its device and threads."
+        path = self.root / self.config.name
+        self.folder = RunFolder(path)
+        if not self.folder.is_run:
+            raise ConfigError("there is no run to resume here", source=str(path))
+        self.config = as_begun(self.folder.config, self.config)
+        self.device = available(self.config)
+
     def _open(self, resume: bool, extra_epochs: int):
         "Folder, state and data: fresh, or as they were at the newest checkpoint."
-        path = self.root / self.config.name
-        if resume:
-            if not RunFolder(path).is_run:
-                raise ConfigError("there is no run to resume here", source=str(path))
-            self.folder = RunFolder(path)
-            self.config = as_begun(self.folder.config, self.config)
         state, data = self._build()
         if resume:
             restore(state, self.folder, self.device)

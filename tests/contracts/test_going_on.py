@@ -160,3 +160,16 @@ def test_shipped_configs_are_found_beside_a_checkout_called_lal(tmp_path):
     (tmp_path / "lal").mkdir()
     done = subprocess.run([sys.executable, "-c", "from lal.core.config import load_config; print(load_config('quickstart').p)"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "47\n", done.stderr
+
+
+def test_a_resumed_run_keeps_its_threads_and_device(tmp_path):
+    begun = make_config(name="x", p=7, epochs=3, threads=1, device="cpu")
+    Trainer(begun, tmp_path).fit()
+    seen, log = [], Recorder.log
+    trainer = Trainer(with_values(begun, threads=None, device="auto"), tmp_path)
+    try:
+        Recorder.log = lambda self: (seen.append((torch.get_num_threads(), self.train[1].device.type)), log(self))[1]
+        torch.set_num_threads(2)
+        trainer.fit(extra_epochs=2)
+    finally: Recorder.log = log
+    assert set(seen) == {(1, "cpu")} and (trainer.config.threads, trainer.config.device) == (1, "cpu")
