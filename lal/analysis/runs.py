@@ -57,6 +57,17 @@ class Run:
         return int(self.history.epoch.max()) if len(self.history) else 0
 
     @property
+    def unit(self) -> str:
+        "What the run counts: `epoch` or `step`."
+        return "step" if self.config.get("steps") else "epoch"
+
+    @property
+    def length(self) -> str:
+        "How far the run has come, in words: `340 epochs`."
+        n = self.history[self.unit].max() if len(self.history) else 0
+        return f"{int(n):,} {self.unit}s"
+
+    @property
     def memorised_epoch(self) -> int | None:
         return memorised_epoch(self.history) if len(self.history) else None
 
@@ -92,7 +103,7 @@ class Run:
         return load_checkpoint(file)
 
     def __repr__(self):
-        return f"Run({self.name}: {self.summary['status']}, {self.max_epoch} epochs, {_stages(self)})"
+        return f"Run({self.name}: {self.summary['status']}, {self.length}, {_stages(self)})"
 
     def _repr_html_(self):
         return card(self)
@@ -116,7 +127,7 @@ def card(run: Run) -> str:
     c, e = run.config, run.environment
     rows = {
         "status": run.summary["status"],
-        "epochs": f"{run.max_epoch:,}",
+        "length": run.length,
         "stages": _stages(run),
         "task": f"{c.get('operation')} mod {c.get('p')}",
         "model": f"{c.get('model_type')}, width {c.get('hidden_dim')}",
@@ -137,7 +148,10 @@ def flat_config(values: dict) -> dict:
 
 
 def _stages(run: Run) -> str:
-    memorised, grokked = run.memorised_epoch, run.grok_epoch
+    if not len(run.history):
+        return "nothing measured yet"
+    memorised = memorised_epoch(run.history, run.unit)
+    grokked = grok_epoch(run.history, run.unit)
     return f"{'not memorised' if memorised is None else f'memorised at {memorised:,}'}, {'not grokked' if grokked is None else f'grokked at {grokked:,}'}"
 
 # %% ../../nbs/analysis/02_runs.ipynb #3dd3e126

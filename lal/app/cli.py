@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'WIDE', 'out', 'err', 'configs', 'MOST_ROWS', 'OPTIONAL', 'PROGRAMS', 'say', 'tell', 'exit_codes', 'train',
-           'check_place', 'plan', 'carry_out', 'outcome', 'resume_command', 'list_configs', 'show', 'runs', 'doctor',
-           'main']
+           'check_place', 'plan', 'carry_out', 'warnings_in_a_line', 'outcome', 'resume_command', 'list_configs',
+           'show', 'runs', 'doctor', 'main']
 
 # %% ../../nbs/app/01_cli.ipynb #0812ffb9
-import importlib.util, os, shlex, shutil, sys
+import importlib.util, os, shlex, shutil, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
@@ -37,7 +37,7 @@ from lal.core.device import (
     environment,
     threads,
 )
-from ..core.run import RunFolder, checkpoints
+from ..core.run import RunFolder, grok_epoch, memorised_epoch
 from ..core.trainer import NonFiniteLoss, Trainer, as_begun, available
 
 # %% ../../nbs/app/01_cli.ipynb #03131720
@@ -117,6 +117,10 @@ def train(
             min=0, metavar="N", help="Train a finished run for N epochs more."
         ),
     ] = 0,
+    extra_steps: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="The same for a run that counts steps."),
+    ] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace runs of the same name.")
     ] = False,
@@ -130,7 +134,8 @@ def train(
             raise ConfigError(
                 "name one configuration: `lal train quickstart`, or `lal train --config my.yaml` (`lal configs` lists what ships)"
             )
-        if overwrite and (resume or extra_epochs):
+        extra = {"extra_epochs": extra_epochs, "extra_steps": extra_steps}
+        if overwrite and (resume or any(extra.values())):
             raise ConfigError(
                 "--overwrite starts anew and --resume continues; give one of them"
             )
@@ -140,11 +145,12 @@ def train(
         available(whole, str(find_config(source)))
         check_place(root, whole)
         given = changed_keys(changes, whole.experiment)
-        going_on = resume or extra_epochs > 0
+        going_on = resume or any(extra.values())
         progress = False if quiet else None
-        plans = plan(whole, root, going_on, extra_epochs, given, overwrite, progress)
+        plans = plan(whole, root, going_on, given, overwrite, progress, **extra)
         for trainer in plans:
-            carry_out(trainer, going_on, sys.argv[1:])
+            more = extra if (root / trainer.config.name).exists() else {}
+            carry_out(trainer, going_on, sys.argv[1:], **more)
         runs = [load_run(root / c.name) for c in one_per_seed(whole)]
         page = write_report(runs, root / f"{whole.name}.html").resolve().as_uri()
         python = sys.executable if " " not in sys.executable else "python3"
@@ -164,10 +170,10 @@ def plan(
     whole: Config,  # may stand for several seeds
     root: Path,
     going_on: bool = False,  # continue what is there
-    extra_epochs: int = 0,  # beyond each run's newest checkpoint
     given: set = frozenset(),  # keys the user set, which must not contradict
     overwrite: bool = False,
     progress: bool | None = None,
+    **extra: int,  # `extra_epochs` or `extra_steps`, beyond where each run stands
 ) -> list[Trainer]:  # raises `ConfigError`, `RunError`
     "A trainer for each run to make; a finished one is left out with a line that says so."
     configs = one_per_seed(whole)
@@ -186,11 +192,15 @@ def plan(
             run = load_run(root / c.name)
             begun = as_begun(RunFolder(run.path).config, c, keys, "--set")
             newest = max(run.epochs_saved, default=0)
-            if extra_epochs:
-                begun = with_values(begun, until=newest + extra_epochs)
-            pattern = pattern or begun
-            if run.summary["status"] == "finished" and newest >= (begun.until or 0):
-                say(f"{c.name}: finished already (--extra-epochs N goes on)")
+            if pattern is None:
+                reach = newest + sum(extra.values()) if any(extra.values()) else None
+                pattern = with_values(begun, until=reach or begun.until)
+            if any(extra.values()) and not extra[f"extra_{begun.unit}s"]:
+                reason = f"this run counts {begun.unit}s: give --extra-{begun.unit}s"
+                raise ConfigError(reason, source=str(run.path))
+            done = run.summary["status"] == "finished" and newest >= (begun.until or 0)
+            if done and not any(extra.values()):
+                say(f"{c.name}: finished already (--extra-{begun.unit}s N goes on)")
                 continue
         else:
             begun = with_values(pattern, name=c.name, seed=c.seed)
@@ -198,7 +208,7 @@ def plan(
     return trainers
 
 # %% ../../nbs/app/01_cli.ipynb #cd232327
-def carry_out(trainer: Trainer, going_on: bool, words: list[str]) -> None:
+def carry_out(trainer: Trainer, going_on: bool, words: list[str], **extra: int) -> None:
     "Train one run and say in a line how it went; exits with 130 when interrupted."
     c, path = trainer.config, trainer.root / trainer.config.name
     with threads(c.threads):
@@ -207,43 +217,52 @@ def carry_out(trainer: Trainer, going_on: bool, words: list[str]) -> None:
         f"{c.name}: {c.operation} mod {c.p}, {c.model_type}, seed {c.seed}, on {where}"
     )
     try:
-        trainer.fit(resume=going_on and path.exists())
-    except KeyboardInterrupt:
-        saved = checkpoints(path)
-        state = (
-            f"its newest checkpoint is of epoch {saved[-1].stem}"
-            if saved
-            else "it has no checkpoint and will begin anew"
-        )
+        with warnings_in_a_line():
+            trainer.fit(resume=going_on and path.exists(), **extra)
+    except KeyboardInterrupt as stop:
+        kept = any(path.glob("checkpoints/*.pt"))
+        state = str(stop) if kept else "it has no checkpoint and will begin anew"
+        command = resume_command(words, trainer.config.until)
         tell(
-            f"lal: {c.name} was interrupted; {state}. Continue with:  {resume_command(words, c.until)}"
+            f"lal: {c.name} was interrupted{f' ({state})' if state else ''}. Continue with:  {command}"
         )
         raise typer.Exit(130)
     say(outcome(load_run(path)))
 
 # %% ../../nbs/app/01_cli.ipynb #f18df373
+@contextmanager
+def warnings_in_a_line():
+    "Inside the block a warning is one line on standard error."
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda message, *_, **__: tell(
+            f"lal: warning: {message}"
+        )
+        yield
+
+# %% ../../nbs/app/01_cli.ipynb #0b65d45f
 def outcome(run: Run) -> str:
     "One line: when a run memorised and grokked, and how long it took."
 
-    def when(epoch, done):
-        return f"not {done}" if epoch is None else f"{done} at epoch {epoch:,}"
+    def when(n, done):
+        return f"not {done}" if n is None else f"{done} at {run.unit} {n:,}"
 
-    stages = (
-        f"{when(run.memorised_epoch, 'memorised')}, {when(run.grok_epoch, 'grokked')}"
-    )
+    memorised = memorised_epoch(run.history, run.unit)
+    grokked = grok_epoch(run.history, run.unit)
+    stages = f"{when(memorised, 'memorised')}, {when(grokked, 'grokked')}"
     last, seconds = run.history.test_acc.iloc[-1], run.summary["seconds"]
-    return f"{run.name}: {stages}; last test accuracy {last:.1%}; {run.max_epoch:,} epochs in {seconds:.1f} s"
+    return f"{run.name}: {stages}; last test accuracy {last:.1%}; {run.length} in {seconds:.1f} s"
 
-# %% ../../nbs/app/01_cli.ipynb #0b65d45f
+# %% ../../nbs/app/01_cli.ipynb #8ef1d3c9
 def resume_command(words: list[str], until: int | None = None) -> str:
     "The command that continues what these words began; given twice it does nothing twice."
     words, kept = list(words), []
     while words:
         word = words.pop(0)
-        if word == "--extra-epochs":
+        if word in ("--extra-epochs", "--extra-steps"):
             words = words[1:]
         elif word not in ("--overwrite", "--resume") and not word.startswith(
-            "--extra-epochs="
+            ("--extra-epochs=", "--extra-steps=")
         ):
             kept.append(word)
     kept += [] if until is None else ["--set", f"until={until}"]

@@ -234,6 +234,11 @@ class Config:
         None, "CPU threads of PyTorch; null: PyTorch's own choice", at_least(1)
     )
     epochs: int = key(50_000, "epochs to train", at_least(1))
+    steps: int | None = key(
+        None,
+        "steps to train on an endless stream of batches, instead of epochs; the keys below that count epochs then count steps",
+        at_least(1),
+    )
     until: int | None = key(
         None,
         "last epoch of a run that goes on after its end, at the schedule's last lr; null: epochs",
@@ -277,7 +282,13 @@ class Config:
         "epochs of linear warm-up, beginning at lr / (warmup_epochs + 1)",
         at_least(0),
     )
+    warmup_steps: int = key(
+        0, "the same in steps, for a run that counts steps", at_least(0)
+    )
     log_every: int = key(100, "epochs between log points", at_least(1))
+    snapshot_every: int | None = key(
+        None, "epochs between snapshots, for hooks that ask for them", at_least(1)
+    )
     checkpoint_every: int = key(5_000, "epochs between checkpoints", at_least(1))
 
     def __getattr__(self, name):
@@ -289,15 +300,40 @@ class Config:
             raise AttributeError(f"a configuration has no key {name!r}")
         return getattr(self.section, name)
 
+    @property
+    def unit(self) -> str:
+        "What the run counts: `epoch` or `step`."
+        return "epoch" if self.steps is None else "step"
+
+    @property
+    def length(self) -> int:
+        "Units of the schedule."
+        return self.epochs if self.steps is None else self.steps
+
+    @property
+    def warmup(self) -> int:
+        "Units of warm-up."
+        return self.warmup_epochs if self.steps is None else self.warmup_steps
+
+    @property
+    def last(self) -> int:
+        "The unit after which the run ends: `until` when it goes on, else its length."
+        return self.length if self.until is None else self.until
+
     def check(self):
         "Yield `(key, reason)` for every combination of common keys that can't be right."
         if self.min_lr > self.lr:
             yield "min_lr", f"must not be larger than lr = {self.lr:g}"
-        further = self.until is not None and self.until > self.epochs
+        if self.steps is not None and self.warmup_epochs:
+            yield "warmup_epochs", "this run counts steps: use warmup_steps"
+        if self.steps is None and self.warmup_steps:
+            yield "warmup_steps", "this run counts epochs: use warmup_epochs"
+        further = self.until is not None and self.until > self.length
         if further and self.scheduler == "cosine" and self.min_lr == 0:
             yield "until", "the cosine ends at min_lr = 0, where nothing is learned"
-        if self.warmup_epochs >= self.epochs:
-            yield "warmup_epochs", f"must be smaller than epochs = {self.epochs}"
+        if self.warmup >= self.length:
+            units = f"{self.unit}s"
+            yield f"warmup_{units}", f"must be smaller than {units} = {self.length}"
 
 # %% ../../nbs/core/04_config.ipynb #cd0ef2f2
 def to_type(value, kind):

@@ -262,11 +262,18 @@ def epoch_orders(
     n, device = len(e), e.y.device
     if ordering == "random":
         while True:
-            yield torch.randperm(n, generator=rng).to(device)
+            yield _send(torch.randperm(n, generator=rng), device)
     order = (
-        torch.randperm(n, generator=rng).to(device)
+        _send(torch.randperm(n, generator=rng), device)
         if ordering == "fixed-random"
         else fixed_order(e, ordering, stride)
     )
     while True:
         yield order
+
+
+def _send(order, device):
+    "To the device; from pinned memory a GPU need not be waited for."
+    return (order.pin_memory() if device.type == "cuda" else order).to(
+        device, non_blocking=True
+    )

@@ -2,12 +2,14 @@
 import json, signal
 from pathlib import Path
 import pytest
+import pandas as pd
 import torch
 import yaml
 from typer.testing import CliRunner
 from lal.analysis.runs import load_run
 from lal.app.cli import app
 from lal.core.config import load_config, make_config, with_values
+from lal.core.files import load_checkpoint, save_checkpoint
 from lal.core.run import RunFolder
 from lal.core.trainer import Interrupted, Recorder, Trainer
 
@@ -55,13 +57,54 @@ def test_extra_epochs_count_from_where_the_run_stands(tmp_path):
     assert "finished already" in one(tmp_path, "--resume", "--set", f"until={stood + 3}", small=())
 
 
-def test_a_failed_extension_changes_nothing(tmp_path):
+def contents(run: Path) -> dict:
+    return {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+
+
+def test_a_damaged_checkpoint_is_a_warning_and_the_one_before_is_used(tmp_path):
     one(tmp_path)
+    lal(tmp_path, "--set", "seeds=null", "--name", "whole")
     newest = tmp_path / "one/checkpoints/8.pt"
     newest.write_bytes(newest.read_bytes()[:500])
-    before = {f: f.read_bytes() for f in (tmp_path / "one").rglob("*") if f.is_file()}
-    assert "8.pt" in one(tmp_path, "--extra-epochs", "2", expect=2, small=())
-    assert before == {f: f.read_bytes() for f in (tmp_path / "one").rglob("*") if f.is_file()}
+    said = one(tmp_path, "--extra-epochs", "2", small=())
+    assert "lal: warning: " in said and "going on from 4.pt" in said and "10 epochs" in said
+    lal(tmp_path, "--set", "seeds=null", "--name", "whole", "--extra-epochs", "2", small=())
+    one_run, whole = (load_run(tmp_path / name) for name in ("one", "whole"))
+    pd.testing.assert_frame_equal(one_run.history, whole.history, check_exact=True)
+    ours, theirs = (run.checkpoint(10)["model"] for run in (one_run, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_failed_extension_changes_nothing(tmp_path):
+    one(tmp_path)
+    for epoch in (4, 8): (tmp_path / f"one/checkpoints/{epoch}.pt").write_text("hello")
+    before = contents(tmp_path / "one")
+    said = one(tmp_path, "--extra-epochs", "2", expect=2, small=())
+    assert "8.pt" in said and "overwrite it to begin anew" in said
+    assert before == contents(tmp_path / "one")
+
+
+def test_a_run_that_counts_steps(tmp_path):
+    steps = ("--set", "steps=40", "--set", "log_every=4")
+    said = one(tmp_path, *steps)
+    assert "40 steps" in said and "--extra-steps" in one(tmp_path, *steps, "--resume")
+    assert "give --extra-steps" in one(tmp_path, "--extra-epochs", "2", expect=2, small=())
+    one(tmp_path, "--extra-steps", "5", small=())
+    run = load_run(tmp_path / "one")
+    assert run.history.step.iloc[-1] == 45 and run.epochs_saved[-1] == 45 and run.summary["steps"] == 45
+    assert run.history.epoch.iloc[-1] == 45 * 16 // round(0.4 * 121)
+    other = one(tmp_path, *steps, "--set", "warmup_epochs=3", "--overwrite", expect=2)
+    assert "warmup_epochs = 3" in other and "use warmup_steps" in other
+
+
+def test_two_processes_do_not_train_one_run(tmp_path):
+    one(tmp_path)
+    with RunFolder(tmp_path / "one").locked():
+        before = contents(tmp_path / "one")
+        for words in (("--extra-epochs", "2"), ("--overwrite",)):
+            assert "another process is training this run" in one(tmp_path, *words, expect=2, small=SMALL if "--overwrite" in words else ())
+        assert before == contents(tmp_path / "one")
+    one(tmp_path, "--overwrite")
 
 
 def test_a_signal_in_the_last_epoch_is_not_lost(tmp_path, monkeypatch):
@@ -88,8 +131,8 @@ def test_overwrite_keeps_what_is_not_a_run_and_what_cannot_be_replaced(tmp_path)
 
 
 DAMAGE = {
-    "checkpoint is text": ("checkpoints/8.pt", b"hello"),
-    "checkpoint is cut": ("checkpoints/8.pt", None),
+    "checkpoints are text": ("checkpoints/?.pt", b"hello"),
+    "checkpoints are cut": ("checkpoints/?.pt", None),
     "config is empty": ("config.yaml", b""),
     "config is another's": ("config.yaml", b"db: 1\n"),
     "config is a list": ("config.yaml", b"- 1\n"),
@@ -105,8 +148,8 @@ def test_a_damaged_run_is_one_line_and_hides_no_other(case, tmp_path):
     one(tmp_path)
     lal(tmp_path, "--set", "seeds=null", "--name", "two")
     name, content = DAMAGE[case]
-    file = tmp_path / "one" / name
-    file.write_bytes(file.read_bytes()[:100] if content is None else content)
+    for file in (tmp_path / "one").glob(name):
+        file.write_bytes(file.read_bytes()[:100] if content is None else content)
     said = one(tmp_path, "--extra-epochs", "2", expect=2, small=())
     complaints = [line for line in said.splitlines() if line.startswith("lal: ")]
     assert len(complaints) == 1 and "one" in complaints[0] and "Traceback" not in said
@@ -118,8 +161,7 @@ def test_a_damaged_run_is_one_line_and_hides_no_other(case, tmp_path):
 def test_a_checkpoint_of_another_model_is_named(tmp_path):
     one(tmp_path)
     file = tmp_path / "one/checkpoints/8.pt"
-    saved = torch.load(file, weights_only=True)
-    torch.save(saved | {"model": {"w": torch.zeros(3)}}, file)
+    save_checkpoint(file, load_checkpoint(file) | {"model": {"w": torch.zeros(3)}})
     assert "8.pt: does not fit this run" in one(tmp_path, "--extra-epochs", "2", expect=2, small=())
 
 
@@ -168,7 +210,7 @@ def test_a_resumed_run_keeps_its_threads_and_device(tmp_path):
     seen, log = [], Recorder.log
     trainer = Trainer(with_values(begun, threads=None, device="auto"), tmp_path)
     try:
-        Recorder.log = lambda self: (seen.append((torch.get_num_threads(), self.train[1].device.type)), log(self))[1]
+        Recorder.log = lambda self: (seen.append((torch.get_num_threads(), self.state.device.type)), log(self))[1]
         torch.set_num_threads(2)
         trainer.fit(extra_epochs=2)
     finally: Recorder.log = log
