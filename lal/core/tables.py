@@ -105,9 +105,10 @@ class Table:
     def merge(self) -> None:
         "Write all rows as the one file at `path`, then remove the parts."
         self.flush()
-        if parts := all_parts(self.path):
+        parts = all_parts(self.path)
+        if parts:
             self._write(self.path, _read(self.path))
-            self._remove(parts)
+        self._remove(parts)
 
     def keep(self, n: int) -> None:
         "Drop all rows from number `n` on, in memory and on disk, and every part that belongs to no row."
@@ -143,7 +144,6 @@ class Table:
     def _remove(self, parts) -> None:
         for *_, file in parts:
             file.unlink(missing_ok=True)
-        if parts and not all_parts(self.path):
-            folder = parts_folder(self.path)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        folder = parts_folder(self.path)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
