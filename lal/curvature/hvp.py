@@ -205,7 +205,7 @@ def _difference(
     f: Callable, params: Params, v: Params, scheme: str, epsilon: float, base, dtype
 ) -> Params:
     "Hv from two gradients, both evaluated in `dtype`."
-    point, v = ({k: t.detach().to(dtype) for k, t in x.items()} for x in (params, v))
+    point, v = ({k: x[k].detach().to(dtype) for k in params} for x in (params, v))
     if base is not None:
         _check_base(base, point)
     size = norm(v)

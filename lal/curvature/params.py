@@ -66,7 +66,7 @@ def cosine(a: Params, b: Params) -> Tensor:
 
 # %% ../../nbs/curvature/01_params.ipynb #178084ad
 def axpy(alpha: float | Tensor, x: Params, y: Params) -> Params:
-    "αx + y, new tensors."
+    "αx + y, new tensors, in the order of x."
     check_alike(x, y)
     return {name: alpha * t + y[name] for name, t in x.items()}
 
