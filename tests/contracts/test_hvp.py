@@ -1,0 +1,233 @@
+"Hessian-vector products: every scheme on every kind of input, and nothing moved, written or left behind."
+import pytest
+import torch
+from torch import nn
+from lal.core.device import generator, seeded
+from lal.core.models import BaselineMLP, GrokTransformer
+from lal.core.task import Task, encode, examples
+from lal.curvature.hvp import SCHEMES, STEPS, gradient, hvp
+from lal.curvature.params import axpy, cosine, dot, flatten, loss_function, norm, params_of, unflatten
+
+F64 = torch.float64
+X = torch.randn(6, 2, generator=generator(0, "x"))
+GOOD = {"w": torch.randn(2, 3, generator=generator(0, "w")), "b": torch.randn(3, generator=generator(0, "b"))}
+V = {"w": torch.randn(2, 3, generator=generator(1, "w")), "b": torch.randn(3, generator=generator(1, "b"))}
+each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+def smooth(p):
+    return (X.to(p["w"].dtype) @ p["w"] + p["b"]).tanh().square().mean()
+
+
+def as_dtype(params, dtype):
+    return {name: t.to(dtype) for name, t in params.items()}
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = as_dtype(a, F64), as_dtype(b, F64)
+    return float(norm(axpy(-1, b, a))) <= tolerance * float(norm(b))
+
+
+REFERENCE = hvp(smooth, as_dtype(GOOD, F64), as_dtype(V, F64), "exact")
+LIVE = as_dtype(GOOD, F64)
+
+BAD = [  # what is asked, and words the error must say
+    ((smooth, GOOD, {**V, "c": V["b"]}), "only v has c"),
+    ((smooth, GOOD, {"w": V["w"]}), "only params has b"),
+    ((smooth, GOOD, {"w": V["w"].T, "b": V["b"]}), "w is [2, 3] in params and [3, 2] in v"),
+    ((smooth, GOOD, {"w": V["w"], "b": V["b"][None]}), "b is [3] in params and [1, 3] in v"),
+    ((smooth, GOOD, as_dtype(V, F64)), "v is torch.float64"),
+    ((smooth, GOOD, {**V, "b": V["b"].double()}), "v mixes"),
+    ((smooth, {**GOOD, "b": GOOD["b"].double()}, V), "params mixes"),
+    ((smooth, GOOD, {k: t.to("meta") for k, t in V.items()}), "meta"),
+    ((smooth, as_dtype(GOOD, torch.long), as_dtype(V, torch.long)), "torch.int64"),
+    ((smooth, as_dtype(GOOD, torch.cfloat), as_dtype(V, torch.cfloat)), "torch.complex64"),
+    ((smooth, {}, {}), "no parameters"),
+    ((smooth, list(GOOD.values()), V), "params is a list"),
+    ((smooth, GOOD, flatten(V)), "v is a Tensor"),
+    ((smooth, GOOD, {"w": V["w"], "b": 1.0}), "v['b'] is a float"),
+    ((lambda t: t.sum(), X, GOOD), "not a tensor"),
+    ((smooth, GOOD, {**V, "b": V["b"] / 0}), "v is not finite in b"),
+    ((smooth, {**GOOD, "b": GOOD["b"] * torch.nan}, V), "the gradient of f is not finite in"),
+    ((lambda p: smooth(p) + p["b"].abs().sqrt().sum(), {**GOOD, "b": torch.zeros(3)}, V), "not finite in b"),
+    ((lambda p: p["w"].sum(1), GOOD, V), "shape [2]"),
+    ((lambda p: smooth(p)[None], GOOD, V), "shape [1]"),
+    ((lambda p: smooth(p).item(), GOOD, V), "returned a float"),
+    ((lambda p: None, GOOD, V), "returned a NoneType"),
+    ((lambda p: smooth(LIVE), GOOD, V), "does not depend on params"),
+    ((lambda p: smooth(as_dtype(p, F64)).detach(), GOOD, V), "does not depend on params"),
+    ((smooth, GOOD, V, "centre"), "forward, central, exact"),
+    ((smooth, GOOD, V, "forward", 0), "epsilon = 0"),
+    ((smooth, GOOD, V, "central", -1.0), "epsilon = -1.0"),
+    ((smooth, GOOD, V, "forward", float("inf")), "epsilon = inf"),
+    ((smooth, GOOD, V, "forward", float("nan")), "epsilon = nan"),
+    ((smooth, GOOD, V, "forward", "small"), "epsilon = 'small'"),
+    ((smooth, GOOD, V, "forward", True), "epsilon = True"),
+    ((smooth, GOOD, V, "forward", 1e-20), "changes no parameter"),
+    ((smooth, GOOD, V, "exact", 1e-3), "leave epsilon out"),
+    ((smooth, GOOD, V, "central", None, GOOD), "forward scheme only"),
+    ((smooth, GOOD, V, "forward", None, gradient(smooth, GOOD)), "pass gradient(f, params, torch.float64)"),
+    ((smooth, GOOD, V, "forward", 1e-3, gradient(smooth, GOOD, F64)), "evaluated in torch.float32"),
+    ((smooth, GOOD, V, "forward", 1e-3, {"w": GOOD["w"]}), "only params has b"),
+    ((smooth, GOOD, V, "forward", 1e-3, {**GOOD, "b": GOOD["b"] / 0}), "base is not finite in b"),
+    ((lambda p: (X @ p["w"]).square().sum(), GOOD, V), "follow the dtype of its params"),
+    ((lambda p: smooth(as_dtype(p, torch.float32)), GOOD, V), "f returned torch.float32"),
+    ((lambda p: smooth(p) + torch.rand(()), GOOD, V), "model.eval()"),
+    ((lambda p: smooth(p) + torch.rand(()), GOOD, V, "central"), "model.eval()"),
+    ((lambda p: smooth(p) + torch.rand(()), GOOD, V, "exact"), "model.eval()"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", BAD, ids=[words for _, words in BAD])
+def test_bad_input_is_one_clear_error(arguments, words):
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError) as error:
+        hvp(*arguments)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_error_of_f_is_its_own():
+    def broken(p):
+        torch.rand(())
+        raise KeyError("f has a mistake")
+
+    for scheme in SCHEMES:
+        state = torch.get_rng_state()
+        with pytest.raises(KeyError, match="f has a mistake"):
+            hvp(broken, GOOD, V, scheme)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@each_scheme
+@pytest.mark.parametrize("dtype, tolerance", [(F64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_the_result_follows_the_dtype(scheme, dtype, tolerance):
+    product = hvp(smooth, as_dtype(GOOD, dtype), as_dtype(V, dtype), scheme)
+    assert {t.dtype for t in product.values()} == {dtype} and close(product, REFERENCE, tolerance)
+
+
+@each_scheme
+def test_live_parameters_are_left_alone(scheme):
+    live = {name: nn.Parameter(t.clone()) for name, t in GOOD.items()}
+    before = {name: (t.detach().clone(), t._version) for name, t in live.items()}
+    for around in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with around():
+            product = hvp(smooth, live, V, scheme)
+        assert close(product, REFERENCE) and not any(t.requires_grad for t in product.values())
+    for name, t in live.items():
+        assert t.grad is None and t.requires_grad and torch.equal(t.detach(), before[name][0]) and t._version == before[name][1]
+
+
+@each_scheme
+def test_memory_layout_and_order_of_names_do_not_matter(scheme):
+    turned = {"b": GOOD["b"].repeat_interleave(2)[::2], "w": GOOD["w"].T.contiguous().T}
+    assert not turned["w"].is_contiguous() and not turned["b"].is_contiguous()
+    product = hvp(smooth, turned, {name: V[name] for name in ("w", "b")}, scheme)
+    assert list(product) == ["b", "w"] and close(product, REFERENCE)
+
+
+@each_scheme
+@pytest.mark.parametrize("length", [1e-30, 1e-6, 1.0, 1e6, 1e30])
+def test_the_product_is_linear_in_the_length_of_v(scheme, length):
+    product = hvp(smooth, GOOD, {name: length * t for name, t in V.items()}, scheme)
+    assert close(product, {name: length * t for name, t in REFERENCE.items()})
+
+
+@each_scheme
+def test_zero_unused_linear_and_empty(scheme):
+    nothing = hvp(smooth, GOOD, {name: 0 * t for name, t in V.items()}, scheme)
+    assert not any(t.any() for t in nothing.values())
+    spare = {**GOOD, "spare": torch.ones(4), "empty": torch.zeros(0, 3)}
+    product = hvp(smooth, spare, {**V, "spare": torch.ones(4), "empty": torch.zeros(0, 3)}, scheme)
+    assert not product["spare"].any() and product["empty"].shape == (0, 3) and close({k: product[k] for k in V}, REFERENCE)
+    linear = hvp(lambda p: p["w"].sum() + 2 * p["b"].sum(), GOOD, V, scheme)
+    assert not any(t.any() for t in linear.values())
+
+
+@each_scheme
+def test_one_tensor_is_a_dict_of_one(scheme):
+    flat = lambda t: smooth(unflatten(t, GOOD))
+    product = hvp(flat, flatten(GOOD), flatten(V), scheme)
+    assert isinstance(product, torch.Tensor) and close(unflatten(product, GOOD), REFERENCE)
+    scalar = hvp(lambda t: t**3, torch.tensor(2.0), torch.tensor(1.0), scheme)
+    assert scalar.shape == () and abs(scalar - 12) < 1e-5
+
+
+@pytest.mark.parametrize("epsilon", [None, 1e-3])
+def test_a_base_gradient_gives_the_same_bits(epsilon):
+    base = gradient(smooth, GOOD, F64 if epsilon is None else None)
+    one, two = hvp(smooth, GOOD, V, epsilon=epsilon, base=base), hvp(smooth, GOOD, V, epsilon=epsilon)
+    assert all(torch.equal(one[name], two[name]) for name in V)
+
+
+@pytest.mark.parametrize("scheme, calls", [("forward", 2), ("central", 2), ("exact", 1)])
+def test_the_number_of_evaluations(scheme, calls):
+    seen = []
+    hvp(lambda p: seen.append({t.dtype for t in p.values()}) or smooth(p), GOOD, V, scheme)
+    assert seen == [{torch.float32 if scheme == "exact" else F64}] * calls
+
+
+def test_a_number_for_epsilon_stays_in_the_dtype():
+    seen = []
+    product = hvp(lambda p: seen.append(p["w"].dtype) or smooth(p), GOOD, V, "central", 1e-2)
+    assert seen == [torch.float32] * 2 and close(product, REFERENCE, 1e-2)
+
+
+def test_measuring_moves_no_generator_and_no_training():
+    with seeded(0, "init"):
+        model = nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 5))
+    task = Task(5)
+    x, y = encode(examples(task), "onehot"), examples(task).y
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state, f, params = torch.get_rng_state(), loss_function(model, x, y), params_of(model)
+    for scheme in SCHEMES:
+        model.train()
+        with pytest.raises(ValueError, match="dropout"):
+            hvp(f, params, params, scheme)
+        model.eval()
+        assert norm(hvp(f, params, params, scheme)) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer", "tied"])
+def test_models_agree_with_the_dense_hessian(kind):
+    task = Task(5)
+    with seeded(3, "init"):
+        model = BaselineMLP(task, 8) if kind == "mlp" else GrokTransformer(task, 4, 1, 2, tie_embeddings=kind == "tied")
+    f, params = loss_function(model, encode(examples(task), model.encoding), examples(task).y), params_of(model, F64)
+    flat = lambda t: f(unflatten(t, params))
+    theta = flatten(params).requires_grad_()
+    slope = torch.autograd.grad(flat(theta), theta, create_graph=True)[0]
+    H = torch.stack([torch.autograd.grad(g, theta, retain_graph=True)[0] for g in slope])
+    assert (H - H.T).norm() < 1e-12 * H.norm()
+    v = torch.randn(len(H), dtype=F64, generator=generator(0, kind))
+    for scheme, tolerance in (("exact", 1e-10), ("forward", 1e-4), ("central", 1e-7)):
+        product = flatten(hvp(f, params, unflatten(v, params), scheme))
+        assert (product - H @ v).norm() <= tolerance * (H @ v).norm(), scheme
+
+
+def test_the_automatic_steps():
+    assert STEPS == {"forward": 2.0**-26.5, "central": pytest.approx(4.81e-6, rel=1e-3)}
+
+
+def test_the_algebra_follows_dtype_and_device():
+    for dtype in (F64, torch.float32, torch.bfloat16):
+        a, b = as_dtype(GOOD, dtype), as_dtype(V, dtype)
+        assert dot(a, b).dtype == norm(a).dtype == cosine(a, b).dtype == flatten(a).dtype == dtype
+    there = {k: t.to("meta") for k, t in GOOD.items()}
+    assert dot(there, there).device.type == norm(there).device.type == cosine(there, there).device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_scheme
+def test_on_cuda(scheme):
+    there, v = ({k: t.cuda() for k, t in x.items()} for x in (GOOD, V))
+    f = lambda p: (X.to(p["w"]) @ p["w"] + p["b"]).tanh().square().mean()
+    product = hvp(f, there, v, scheme)
+    assert product["w"].is_cuda and close({k: t.cpu() for k, t in product.items()}, REFERENCE)
+    state = torch.cuda.get_rng_state()
+    with pytest.raises(ValueError, match="model.eval()"):
+        hvp(lambda p: f(p) + torch.rand((), device="cuda"), there, v, scheme)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
