@@ -375,8 +375,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lal.curvature.hvp._following': ('curvature/hvp.html#_following', 'lal/curvature/hvp.py'),
                                    'lal.curvature.hvp._gradient': ('curvature/hvp.html#_gradient', 'lal/curvature/hvp.py'),
                                    'lal.curvature.hvp._leaves': ('curvature/hvp.html#_leaves', 'lal/curvature/hvp.py'),
-                                   'lal.curvature.hvp._random_state': ('curvature/hvp.html#_random_state', 'lal/curvature/hvp.py'),
-                                   'lal.curvature.hvp._set_random_state': ('curvature/hvp.html#_set_random_state', 'lal/curvature/hvp.py'),
                                    'lal.curvature.hvp._value': ('curvature/hvp.html#_value', 'lal/curvature/hvp.py'),
                                    'lal.curvature.hvp.check_finite': ('curvature/hvp.html#check_finite', 'lal/curvature/hvp.py'),
                                    'lal.curvature.hvp.check_point': ('curvature/hvp.html#check_point', 'lal/curvature/hvp.py'),

@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Callable
 import torch
 from torch import Tensor
+from ..core.device import rng_states, set_rng_states
 from .params import Params, axpy, check_alike, dot, norm
 
 # %% ../../nbs/curvature/02_hvp.ipynb #bca64cd2
@@ -42,36 +43,18 @@ def check_finite(tensors: Params, what: str) -> None:
         raise ValueError(f"{what} is not finite in {', '.join(bad)}")
 
 # %% ../../nbs/curvature/02_hvp.ipynb #846d49cf
-def _random_state(device: torch.device) -> list[Tensor]:
-    "States of the global generators that a function on `device` can draw from."
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    if device.type == "mps":
-        states.append(torch.mps.get_rng_state())
-    return states
-
-
-def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-    if device.type == "mps":
-        torch.mps.set_rng_state(states[1])
-
-# %% ../../nbs/curvature/02_hvp.ipynb #0f45a24b
 @contextmanager
 def no_randomness(device: torch.device):
     "Raise `ValueError` if the block draws from a global generator. Its state is afterwards as it was, also after an error."
-    before = _random_state(device)
+    before = rng_states(device)
     moved = False
     try:
         yield
     finally:
-        after = _random_state(device)
-        moved = any(not torch.equal(a, b) for a, b in zip(before, after))
+        after = rng_states(device)
+        moved = any(not torch.equal(before[name], after[name]) for name in before)
         if moved:
-            _set_random_state(device, before)
+            set_rng_states(before, device)
     if moved:
         raise ValueError(
             "f draws from the global random generator, so it is no function of params: switch dropout off with model.eval()"
