@@ -85,12 +85,15 @@ class Attention(nn.Module):
         return self.out((self.weights(q, k) @ v).transpose(1, 2).flatten(2))
 
     def maps(self):
-        "The three affine maps to queries, keys and values, `[..., d]` to `[..., d]` each."
+        "The affine maps to queries, keys and values, each `[..., d]` to `[..., d]`."
         weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
         return [partial(F.linear, weight=W, bias=b) for W, b in zip(weights, biases)]
 
     def read(self, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        "`forward` for one position that sees T: `[N, d]` from a query and T keys and values `[N, d]`. One row `[1, d]` serves all."
+        """`forward` at one position that sees T: `[N, d]` from its query, T keys and T values.
+
+        Each of them is `[N, d]`, or one row `[1, d]` that serves all examples.
+        """
         heads = (self.n_heads, -1)
         scores = [(q * k).unflatten(-1, heads).sum(-1) for k in keys]
         A = torch.stack(torch.broadcast_tensors(*scores)).mul(self.scale).softmax(0)
@@ -99,7 +102,7 @@ class Attention(nn.Module):
 
 # %% ../../nbs/core/03_models.ipynb #53c0ab4b
 def take(table: Tensor, rows: Tensor | None) -> Tensor:
-    "`table[rows]`, `[R, d]` to `[N, d]`. `None`: row n is example n's already, or the only row serves all."
+    "`table[rows]`, `[R, d]` to `[N, d]`. `None`: the table is by example, or one row for all."
     return table if rows is None else F.embedding(rows, table)
 
 # %% ../../nbs/core/03_models.ipynb #43261732
@@ -128,7 +131,10 @@ class Block(nn.Module):
         rows: list[Tensor | None],  # which row of them each example has, `[N]`
         positions=range(4),  # the ones to compute
     ) -> list[Tensor]:
-        "The states after the block: positions 0 and 1 by prefix, `[R_t, d]`, 2 and 3 by example, `[N, d]`."
+        """`forward` on distinct states: those of `positions` after the block.
+
+        Positions 0 and 1 by prefix, `[R_t, d]`; 2 and 3 by example, `[N, d]`.
+        """
         query, key, value = self.attention.maps()
         z = [self.norm1(h) for h in states]
         own = [key(h) for h in z], [value(h) for h in z]
@@ -143,11 +149,13 @@ class Block(nn.Module):
 
 # %% ../../nbs/core/03_models.ipynb #c19e7bc9
 class GrokTransformer(nn.Module):
-    """Decoder-only transformer on tokens `[a, ∘, b, =]` `[N, 4]`; logits `[N, p]` from the last position.
+    """Decoder-only transformer on tokens `[a, ∘, b, =]` `[N, 4]`; logits `[N, p]` at the last.
 
-    `forward` and `representation` take examples of the task, as `encode` makes them, and compute every distinct state once.
-    They read the last token as `=` whatever it is; another token out of its place gives an `IndexError` or a meaningless answer.
-    For any other sequence of tokens use `forward_from_embeddings(embed(x))`. Raises `ValueError` where x is not `[N, 4]` integers.
+    `forward` and `representation` compute each distinct state once. They take examples of
+    the task, as `encode` makes them: the last token counts as `=` whatever it is, and a
+    token out of its place elsewhere is an `IndexError` or a meaningless answer. For other
+    sequences use `forward_from_embeddings(embed(x))`. Raises `ValueError` when x is not
+    `[N, 4]` of integers.
     """
 
     encoding = "tokens"
@@ -197,7 +205,7 @@ class GrokTransformer(nn.Module):
         return self.readout(self.last_state(e))
 
     def distinct(self, x: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-        "The embeddings of the four positions, each distinct one once, `[R_t, d]`, and the row of each example, `[N]`."
+        "Each position's distinct embeddings `[R_t, d]`, and which one each example has, `[N]`."
         p, token, position = self.p, self.tokens.weight, self.positions.weight
         equals = token[-1:] + position[3]
         if len(x) < p * self.n_operations:
@@ -211,7 +219,7 @@ class GrokTransformer(nn.Module):
         return states, [prefix, prefix, x[:, 2], None]
 
     def representation(self, x: Tensor) -> Tensor:
-        "The state before the output matrix, `[N, d]`, each distinct state computed once."
+        "The state before the output matrix, `[N, d]`."
         states, rows = self.distinct(_tokens(x))
         *early, last = self.blocks
         for block in early:
@@ -226,8 +234,8 @@ class GrokTransformer(nn.Module):
 def _tokens(x):
     if x.ndim != 2 or x.shape[1] != 4 or x.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"x must be tokens [a, ∘, b, =], [N, 4] of int64, not {list(x.shape)} of {x.dtype}; "
-            'encode(examples, "tokens") makes them'
+            "x must be tokens [a, ∘, b, =], [N, 4] of int64, as encode makes them, "
+            f"not {list(x.shape)} of {x.dtype}"
         )
     return x
 

@@ -61,6 +61,14 @@ def both_ways(function, architecture, dtype=torch.float64) -> float:
     return apart(*(function(model) for model in pair(*architecture, dtype)))
 
 
+@pytest.mark.parametrize("operation, prefixes", [("add", P), ("divide", P), ("both", 2 * P)])
+def test_the_shape_of_the_batch_decides_between_a_table_and_own_prefixes(operation, prefixes):
+    model = make(GrokTransformer, operation, False, 1)
+    sizes = lambda n: [len(h) for h in model.distinct(batch(operation, n)[0])[0]]
+    assert sizes(prefixes) == [prefixes, prefixes, P, 1]
+    assert sizes(prefixes - 1) == [prefixes - 1] * 3 + [1]
+
+
 def test_embeddings_take_the_plain_path():
     x, _ = batch("both", LARGE)
     fast, plain = pair("both", True, 2)
