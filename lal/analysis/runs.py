@@ -173,7 +173,11 @@ def list_runs(
         raise ValueError(f"errors = {errors!r}: must be 'skip' or 'raise'")
     runs = []
     for path in (
-        sorted(p for p in Path(root).iterdir() if (p / "config.yaml").is_file())
+        sorted(
+            p
+            for p in Path(root).iterdir()
+            if (p / "config.yaml").is_file() and not p.name.startswith(".")
+        )
         if Path(root).is_dir()
         else []
     ):

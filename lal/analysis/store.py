@@ -110,7 +110,7 @@ class RunStore:
     def _read(self) -> list[dict]:
         "One row for each readable run; unchanged runs are not read again."
         seen = {}
-        for path in sorted(p.parent for p in self.root.glob("*/config.yaml")):
+        for path in sorted(p.parent for p in self.root.glob("[!.]*/config.yaml")):
             stamp = tuple(
                 (f.stat().st_mtime_ns if (f := path / name).exists() else 0)
                 for name in WATCHED

@@ -205,9 +205,16 @@ def create_run(
             raise ConfigError(reason, source=str(folder.path))
         with folder.locked():
             pass  # nobody trains here
-        shutil.rmtree(folder.path)
-    folder.write_config(config)
-    write_json(folder.path / "environment.json", environment)
+    begin = folder.path.with_name(f".{config.name}.begin.part")
+    end = folder.path.with_name(f".{config.name}.end.part")
+    for left_over in (begin, end):
+        shutil.rmtree(left_over, ignore_errors=True)
+    RunFolder(begin).write_config(config)
+    write_json(begin / "environment.json", environment)
+    if folder.path.exists():
+        folder.path.rename(end)
+    begin.rename(folder.path)
+    shutil.rmtree(end, ignore_errors=True)
     return folder
 
 # %% ../../nbs/core/07_run.ipynb #9046b744
