@@ -347,6 +347,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lal.core.trainer.Recorder.reached': ('core/trainer.html#recorder.reached', 'lal/core/trainer.py'),
                                   'lal.core.trainer.Recorder.save': ('core/trainer.html#recorder.save', 'lal/core/trainer.py'),
                                   'lal.core.trainer.Recorder.watch': ('core/trainer.html#recorder.watch', 'lal/core/trainer.py'),
+                                  'lal.core.trainer.Recorder.where': ('core/trainer.html#recorder.where', 'lal/core/trainer.py'),
                                   'lal.core.trainer.Reporter': ('core/trainer.html#reporter', 'lal/core/trainer.py'),
                                   'lal.core.trainer.Reporter.__enter__': ('core/trainer.html#reporter.__enter__', 'lal/core/trainer.py'),
                                   'lal.core.trainer.Reporter.__exit__': ('core/trainer.html#reporter.__exit__', 'lal/core/trainer.py'),

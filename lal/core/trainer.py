@@ -286,7 +286,14 @@ class Recorder:
         if asked:
             if not self.complete():
                 self.save(INTERRUPTED)
-            raise Interrupted(f"stopped after {self.config.unit} {self.now}")
+            raise Interrupted(self.where())
+
+    def where(self) -> str:
+        "How far the run has come, in words."
+        s = self.state
+        if self.config.unit == "step" or s.batches.at_start:
+            return f"stopped after {self.config.unit} {self.now}"
+        return f"stopped in epoch {s.epoch}, after step {s.step}"
 
     def close(self, status: str, **more) -> None:
         "Merge the tables and write the summary."
