@@ -54,17 +54,17 @@ WIDE = (
 )  # a terminal's tables fold to its width; in a pipe each row is one line
 out, err = Console(soft_wrap=True, width=WIDE), Console(stderr=True, soft_wrap=True)
 
-
+# %% ../../nbs/app/01_cli.ipynb #2e090df7
 def say(text: str) -> None:
     "A line of results, as it is."
     out.print(text, highlight=False, markup=False)
 
-
+# %% ../../nbs/app/01_cli.ipynb #aa61d963
 def tell(text: str) -> None:
     "A line about what is going on, on standard error."
     err.print(text, highlight=False, markup=False)
 
-
+# %% ../../nbs/app/01_cli.ipynb #640673c7
 @contextmanager
 def exit_codes():
     "Turn the errors users can cause into one line and an exit code."

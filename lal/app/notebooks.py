@@ -22,8 +22,8 @@ from .pages import FIGURE, require, sidebar_pages
 
 # %% auto #0
 __all__ = ['MACHINE_PATH', 'code_hash', 'receipt', 'stale', 'directives', 'is_run', 'execute', 'cleaned', 'unclean', 'refresh',
-           'bad_outputs', 'too_large', 'bad_figures', 'rerun_cells', 'anatomy', 'trains', 'output_lines', 'ran_on',
-           'notebooks', 'sidebar_problems', 'left_out_of_tests', 'untested', 'test', 'main']
+           'bad_outputs', 'too_large', 'bad_figures', 'rerun_cells', 'misplaced_headings', 'anatomy', 'trains',
+           'output_lines', 'ran_on', 'notebooks', 'sidebar_problems', 'left_out_of_tests', 'untested', 'test', 'main']
 
 # %% ../../nbs/app/03_notebooks.ipynb #dd68052d
 def code_hash(nb: dict) -> str:
@@ -250,6 +250,29 @@ def rerun_cells(nb: dict) -> list[str]:
             found.append(
                 f"cell {cell['id']} imports and does more; give its imports a cell of their own"
             )
+    return found
+
+# %% ../../nbs/app/03_notebooks.ipynb #e3a6e709
+def misplaced_headings(nb: dict) -> list[str]:
+    "Shown definitions over whose source another heading, or none, would stand."
+    found, before = [], None
+    for cell in nb["cells"]:
+        if cell["cell_type"] != "code" or "exports" not in directives(cell):
+            before = None
+            continue
+        tree = ast.parse(cell["source"])
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        names = [node.name for node in tree.body if isinstance(node, kinds)]
+        public = [name for name in names if not name.startswith("_")]
+        if len(public) > 1:
+            found.append(
+                f"cell {cell['id']} defines {', '.join(public)}; give each a cell"
+            )
+        if before and public:
+            found.append(
+                f"cell {before} defines nothing public and stands right before {public[0]}; put text between them"
+            )
+        before = None if public else cell["id"]
     return found
 
 # %% ../../nbs/app/03_notebooks.ipynb #646bbdbd

@@ -29,14 +29,23 @@ def write_whole(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(draft)
-        with open(draft, "rb+") as f:
-            os.fsync(f.fileno())
+        _to_disk(draft, os.O_RDWR)
         os.replace(draft, path)
+        if os.name == "posix":
+            _to_disk(path.parent, os.O_RDONLY)  # the new name, too
     except OSError as error:
         reason = f"{path} can't be written: {error.strerror or error}"
         raise CannotWrite(reason) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path, flags: int) -> None:
+    file = os.open(path, flags)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 # %% ../../nbs/core/05_files.ipynb #e0bd7d3a
 def write_json(path: Path, values: dict) -> None:
@@ -82,7 +91,7 @@ def _feed(sums, value) -> None:
 
 # %% ../../nbs/core/05_files.ipynb #42a1f0d5
 class DamagedCheckpoint(ConfigError):
-    "A file that is not the checkpoint that was once written there."
+    "A file that is not the checkpoint that was once written there; a `ConfigError`, so that the command line says it in one line."
 
 # %% ../../nbs/core/05_files.ipynb #aa3c55ae
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -97,6 +106,8 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict:
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         reason = _not_whole(saved)
+    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
+        raise  # nothing is wrong with the file
     except Exception as error:  # a damaged file fails in more ways than can be listed
         reason = type(error).__name__
     if reason:

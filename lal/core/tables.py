@@ -39,7 +39,7 @@ def table_files(path: Path) -> list[Path]:
             files, n = files + [file], end
     return files
 
-
+# %% ../../nbs/core/06_tables.ipynb #7294c3bd
 def merged_rows(path: Path) -> int:
     "Number of rows in the merged file, 0 when there is none."
     return pq.read_metadata(path).num_rows if Path(path).exists() else 0

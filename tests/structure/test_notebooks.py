@@ -52,6 +52,11 @@ def test_building_pages_reruns_only_imports_and_definitions(page):
 
 
 @each_notebook
+def test_headings_stand_over_their_own_source(page):
+    none(page, check.misplaced_headings(read_nb(ROOT / page)))
+
+
+@each_notebook
 def test_begins_with_title_and_quoted_line(page):
     none(page, check.anatomy(read_nb(ROOT / page)))
 
