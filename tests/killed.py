@@ -3,7 +3,7 @@
     python tests/killed.py --rounds 20 --seed 0
 
 Each round trains one random small configuration without interruption, and once more with several deaths: at a random
-instant, at a random change of the disk, in the middle of writing rows, in the middle of writing a checkpoint. At the end
+instant, by SIGTERM, at a random change of the disk, in the middle of writing rows, in the middle of writing a checkpoint. At the end
 every table, the weights, optimizer and generators of the last checkpoint, the best weights and the names of all files
 must be equal, value for value. Exits with 1 when they are not.
 """
@@ -17,9 +17,12 @@ import lal.core.files, lal.core.run, lal.core.state, lal.core.tables
 from lal.core.config import make_config
 from lal.core.files import digest, load_checkpoint
 from lal.core.run import RunFolder, checkpoints
-from lal.core.trainer import Trainer
+from lal.core.trainer import Interrupted, Trainer
 
-KINDS = ("at a random instant", "at a change of the disk", "in the middle of writing rows", "in the middle of writing a checkpoint")
+KINDS = ("at a random instant by SIGKILL", "at a random instant by SIGTERM", "at a change of the disk", "in the middle of writing rows", "in the middle of writing a checkpoint")
+
+
+STOPPED = 4  # exit code of a run that was asked to stop
 
 
 class Probe:
@@ -32,7 +35,7 @@ class Probe:
         if point == "post_step":
             self.mean = 0.9 * self.mean + 0.1 * float(state.loss)
             self.held.append(("hooks/probe", row | {"mean_loss": self.mean, **({"late": 1} if state.step > 30 else {})}))
-        if point in ("post_epoch", "snapshot"):
+        if point in ("pre_epoch", "post_epoch", "snapshot"):
             self.held.append((f"hooks/{point}", row | {"batches": state.batches.passes}))
 
     def open(self, folder): self.folder = folder
@@ -106,6 +109,8 @@ def in_a_child(work) -> int:
         try:
             work()
             os._exit(0)
+        except Interrupted:
+            os._exit(STOPPED)
         except BaseException:
             traceback.print_exc()
             os._exit(3)
@@ -133,7 +138,7 @@ def train(config, root: Path, dropout: bool) -> None:
 def differences(one: Path, two: Path) -> list[str]:
     "What two finished runs do not have in common."
     found = []
-    names = [sorted(f.relative_to(run).as_posix() for f in run.rglob("*") if f.name != ".lock") for run in (one, two)]
+    names = [sorted(f.relative_to(run).as_posix() for f in run.rglob("*")) for run in (one, two)]
     if names[0] != names[1]: found.append(f"files: {sorted(set(names[0]) ^ set(names[1]))}")
     for name in RunFolder(two).table_names():
         rows = [RunFolder(run).table(name).read() for run in (one, two)]
@@ -165,18 +170,18 @@ def one_round(number: int, rng: random.Random, deaths: int, counts: Counter) -> 
         at, part = rng.randrange(2 * n), rng.randint(1, 4)
 
         def victim():
-            if kind == KINDS[1]: count_changes(at)
-            if kind == KINDS[2]: die_writing(".parts", part)
-            if kind == KINDS[3]: die_writing("checkpoints", part)
+            if kind == KINDS[2]: count_changes(at)
+            if kind == KINDS[3]: die_writing(".parts", part)
+            if kind == KINDS[4]: die_writing("checkpoints", part)
             train(config, place / "killed", dropout)
 
         child = in_a_child(victim)
-        if kind == KINDS[0]:
+        if kind in KINDS[:2]:
             time.sleep(rng.random() * seconds)
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL if kind == KINDS[0] else signal.SIGTERM)
         code = wait(child)
-        if code not in (0, -signal.SIGKILL): return [f"a resumed run failed with {code}"]
-        if code == -signal.SIGKILL: counts[kind] += 1
+        if code not in (0, STOPPED, -signal.SIGTERM, -signal.SIGKILL): return [f"a resumed run failed with {code}"]
+        if code: counts[kind] += 1
         shutil.rmtree(place / "copy", ignore_errors=True)
         if (place / "killed/run").exists() and wait(in_a_child(lambda: readable(place / "killed/run"))): return ["a killed run could not be read"]
     if wait(in_a_child(lambda: train(config, place / "killed", dropout))): return ["the last resume failed"]
@@ -202,7 +207,7 @@ def readable(run: Path) -> None:
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("--rounds", type=int, default=20)
-    words.add_argument("--deaths", type=int, default=4, help="attempts to kill in each round")
+    words.add_argument("--deaths", type=int, default=5, help="attempts to kill in each round")
     words.add_argument("--seed", type=int, default=0)
     chosen = words.parse_args()
     torch.set_num_threads(1)

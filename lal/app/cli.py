@@ -139,6 +139,8 @@ def train(
             raise ConfigError(
                 "--overwrite starts anew and --resume continues; give one of them"
             )
+        if extra_epochs and extra_steps:
+            raise ConfigError("a run counts epochs or steps; give one of the two")
         source, changes = config or config_file, tuple(changes or ())
         more = {} if name is None else {"name": name}
         whole = load_config(source, changes, **more)
@@ -193,8 +195,9 @@ def plan(
             begun = as_begun(RunFolder(run.path).config, c, keys, "--set")
             newest = max(run.epochs_saved, default=0)
             if pattern is None:
-                reach = newest + sum(extra.values()) if any(extra.values()) else None
-                pattern = with_values(begun, until=reach or begun.until)
+                reach = max(newest, begun.last) + sum(extra.values())
+                until = reach if any(extra.values()) else begun.until
+                pattern = with_values(begun, until=until)
             if any(extra.values()) and not extra[f"extra_{begun.unit}s"]:
                 reason = f"this run counts {begun.unit}s: give --extra-{begun.unit}s"
                 raise ConfigError(reason, source=str(run.path))

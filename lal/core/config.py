@@ -231,7 +231,9 @@ class Config:
         True, "deterministic kernels: the same seed gives the same bits"
     )
     threads: int | None = key(
-        None, "CPU threads of PyTorch; null: PyTorch's own choice", at_least(1)
+        None,
+        "CPU threads of PyTorch; null: PyTorch's own choice",
+        Condition("must be from 1 to 1024", lambda v: 1 <= v <= 1024),
     )
     epochs: int = key(50_000, "epochs to train", at_least(1))
     steps: int | None = key(

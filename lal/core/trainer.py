@@ -199,6 +199,7 @@ class Recorder:
         self.fire = silent if hooks is None else hooks.fire
         self.seconds, self.began = 0.0, time.perf_counter()  # of earlier sessions; now
         self.recent: list[float] = []  # test accuracies at the last log points
+        self.saved: int | None = None  # the last epoch or step with a checkpoint
         # the first epoch or step whose loss was not finite, kept on the device
         self.bad = torch.full((), math.inf, device=state.device)
 
@@ -219,7 +220,7 @@ class Recorder:
         s = self.state
         row = {"epoch": s.epoch, "step": s.step, **measure(s)}
         self.check(all(math.isfinite(v) for v in row.values()))
-        if s.best is None or row["test_acc"] > s.best["test_acc"]:
+        if not s.best or row["test_acc"] > s.best["test_acc"]:
             s.keep_best(row["test_acc"])
         self.recent = [*self.recent, row["test_acc"]][-IN_A_ROW:]
         self.folder.log(row)
@@ -240,17 +241,23 @@ class Recorder:
         "Write rows, best weights and a checkpoint. Weights that are not finite are never saved."
         self.check(math.isfinite(float(weight_norm(self.state.model))))
         self.flush()
-        place = self.folder.path / "checkpoints"
-        if self.state.best:
-            save_checkpoint(place / "best.pt", self.state.best)
+        place, best = self.folder.path / "checkpoints", self.state.best or {}
+        if "model" in best:
+            save_checkpoint(place / "best.pt", best)
         hooks = call(self.hooks, "state_dict")
-        more = {"seconds": self.seconds + time.perf_counter() - self.began}
+        more = {"best": {name: v for name, v in best.items() if name != "model"}}
+        more |= {"rows": self.folder.lengths(), "seconds": self.elapsed()}
         more |= {} if hooks is None else {"hooks": hooks}
         save_checkpoint(
             place / (file or f"{self.now}.pt"), {**self.state.checkpoint(), **more}
         )
         if file is None:
             (place / INTERRUPTED).unlink(missing_ok=True)
+            self.saved = self.now
+
+    def elapsed(self) -> float:
+        "Seconds of training, earlier sessions included."
+        return self.seconds + time.perf_counter() - self.began
 
     def check(self, finite: bool) -> None:
         "Raise `NonFiniteLoss` for the first epoch or step that was not finite, at the latest this one."
@@ -297,13 +304,20 @@ class Recorder:
         return f"stopped in epoch {s.epoch}, after step {s.step}"
 
     def close(self, status: str, **more) -> None:
-        "Merge the tables and write the summary."
-        call(self.hooks, "flush")
-        self.folder.merge()
+        "Merge the tables and write the summary, of what is on disk if they can't be merged."
+        problem = None
+        for finish in (lambda: call(self.hooks, "flush"), self.folder.merge):
+            try:
+                finish()
+            except Exception as error:
+                problem = problem or error
+        if problem is not None and status != "failed":
+            status, more = "failed", {"error": str(problem)}
         n = sum(p.numel() for p in self.state.model.parameters())
-        seconds = self.seconds + time.perf_counter() - self.began
-        more = {**more, "seconds": seconds, "parameters": n}
+        more = {**more, "seconds": self.elapsed(), "parameters": n}
         self.folder.write_summary(summarize(self.folder.history, status, **more))
+        if problem is not None:
+            raise problem
 
 # %% ../../nbs/core/09_trainer.ipynb #afbf856e
 def epoch_loop(recorder: Recorder, asked: list) -> None:
@@ -367,34 +381,35 @@ def as_begun(
     return with_values(theirs, device=device, threads=threads, until=until)
 
 # %% ../../nbs/core/09_trainer.ipynb #2e5793c6
-def restore(recorder: Recorder) -> int:
-    "Bring state and hooks back to the newest checkpoint, and return its step; without one, -1."
+def restore(recorder: Recorder) -> dict[str, int]:
+    "Bring state and hooks back to the newest checkpoint, and return the lengths its tables had; without one, none."
     s, folder = recorder.state, recorder.folder
     if (found := newest_checkpoint(folder.path, s.device)) is None:
-        return -1
+        return {}
     saved, file = found
     try:
         s.restore(saved)
         if "hooks" in saved:
             call(recorder.hooks, "load_state_dict", saved["hooks"])
-        recorder.seconds = saved["seconds"]
+        recorder.seconds, s.best, rows = saved["seconds"], saved["best"], saved["rows"]
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = f"does not fit this run ({str(error).splitlines()[0][:100]}); delete it to use the one before"
         raise ConfigError(reason, source=str(file)) from None
-    return s.step
+    seen = folder.history.test_acc[: rows.get("history", 0)]
+    recorder.recent = seen.tolist()[-IN_A_ROW:]
+    return rows
 
 # %% ../../nbs/core/09_trainer.ipynb #398dd0f0
-def pick_up(recorder: Recorder, step: int) -> None:
-    "Drop the rows after `step`, and take up best weights and recent accuracies."
+def pick_up(recorder: Recorder, rows: dict[str, int]) -> None:
+    "Drop the rows that came after the checkpoint, and take up the best weights it knew."
     s, folder = recorder.state, recorder.folder
-    folder.rewind(step)
-    recorder.recent = folder.history.test_acc.tolist()[-IN_A_ROW:]
-    best = folder.path / "checkpoints" / "best.pt"
+    folder.rewind(rows)
+    best, kept = folder.path / "checkpoints" / "best.pt", None
     try:
-        kept = load_checkpoint(best, s.device) if best.exists() else None
+        kept = load_checkpoint(best, s.device) if best.exists() and s.best else None
     except DamagedCheckpoint as error:
-        kept = warnings.warn(f"{error}; the best are now those from here on")
-    if kept and kept["step"] <= step:  # a later one will be met again
+        warnings.warn(f"{error}; the best weights so far are lost", stacklevel=2)
+    if kept and kept["step"] == s.best["step"]:  # else better ones will be met again
         s.best = kept
 
 # %% ../../nbs/core/09_trainer.ipynb #5b55b259
@@ -436,10 +451,12 @@ class Trainer:
         RunFolder
     ):  # raises `NonFiniteLoss`, `Interrupted`, `ConfigError`, `CannotWrite`
         "Train, and leave a summary that says how it ended."
-        if resume := resume or extra_epochs > 0 or extra_steps > 0:
+        self.folder = RunFolder(self.root / self.config.name)
+        if resume := resume or bool(extra_epochs) or bool(extra_steps):
             self._take_over()
         extra = self._extra(extra_epochs, extra_steps)
         with ExitStack() as settings:
+            settings.enter_context(self.folder.locked())
             settings.enter_context(threads(self.config.threads))
             settings.enter_context(deterministic(self.config.deterministic))
             settings.enter_context(seeded(self.config.seed, "train", self.device))
@@ -447,34 +464,32 @@ class Trainer:
             if not resume:
                 here = environment(self.device)
                 self.folder = create_run(self.root, self.config, here, self.overwrite)
-            settings.enter_context(self.folder.locked())
             asked = settings.enter_context(stop_requests())
             recorder = Recorder(self.config, state, self.folder, self.hooks)
             self.state = state
             if resume:
                 self._go_on(recorder, extra)
-            call(self.hooks, "open", self.folder)
             self._train(recorder, asked)
         return self.folder
 
     def _take_over(self):
         "Folder and configuration of the run to continue, and with them its device and threads."
-        path = self.root / self.config.name
-        self.folder = RunFolder(path)
         if not self.folder.is_run:
-            raise ConfigError("there is no run to resume here", source=str(path))
+            source = str(self.folder.path)
+            raise ConfigError("there is no run to resume here", source=source)
         self.config = as_begun(self.folder.config, self.config)
         self.device = available(self.config)
 
     def _extra(self, extra_epochs: int, extra_steps: int) -> int:
-        "How far to go on; `ConfigError` when it is given in the other unit."
-        wanted, other = extra_epochs, extra_steps
-        if self.config.unit == "step":
-            wanted, other = other, wanted
-        if other:
-            unit = self.config.unit
+        "How far to go on; `ConfigError` when it is given in the other unit, or is no whole number."
+        unit, given = self.config.unit, {"epoch": extra_epochs, "step": extra_steps}
+        wanted = given.pop(unit)
+        if any(given.values()):
             reason = f"this run counts {unit}s: give extra_{unit}s"
             raise ConfigError(reason, source=self.config.name)
+        if type(wanted) is not int or wanted < 0:
+            reason = "must be a whole number, 0 or larger"
+            raise ConfigError(reason, f"extra_{unit}s", wanted, self.config.name)
         return wanted
 
     def _build(self) -> TrainState:
@@ -487,35 +502,45 @@ class Trainer:
 
     def _go_on(self, recorder: Recorder, extra: int) -> None:
         "Everything as it was at the newest checkpoint."
-        step = restore(recorder)
+        rows, c = restore(recorder), self.config
         if extra:
-            saved = [int(f.stem) for f in checkpoints(self.folder.path)]
-            until = max([recorder.now, *saved]) + extra
-            self.config = recorder.config = with_values(self.config, until=until)
-        pick_up(recorder, step)
+            stopped = None if recorder.reached() else c.last
+            saved = (int(f.stem) for f in checkpoints(self.folder.path))
+            until = max(recorder.now, *saved, stopped or 0) + extra
+            self.config = recorder.config = with_values(c, until=until)
+        if (self.config.until or recorder.now) < recorder.now:
+            reason = f"the run is at {c.unit} {recorder.now} already"
+            raise ConfigError(reason, "until", self.config.until, c.name)
+        pick_up(recorder, rows)
         self.folder.write_config(self.config)
-        self.folder.continued({"step": max(step, 0), **environment(self.device)})
+        here = environment(self.device)
+        self.folder.continued({"step": recorder.state.step, **here})
         self.folder.mark_running()
 
     def _train(self, recorder: Recorder, asked: list) -> None:
         "Run the loop, and close the record however it ends."
         loop = epoch_loop if self.config.unit == "epoch" else step_loop
         try:
+            call(self.hooks, "open", self.folder)
             with Reporter(self.config, self.progress) as recorder.reporter:
                 if recorder.state.step == 0:
                     recorder.log()
                 loop(recorder, asked)
-            recorder.close("finished")
         except KeyboardInterrupt:
-            recorder.close("finished" if recorder.complete() else "interrupted")
+            ended = recorder.complete() and recorder.saved == recorder.now
+            recorder.close("finished" if ended else "interrupted")
             raise
         except CannotWrite as error:
-            with suppress(CannotWrite):
+            with suppress(Exception):
                 recorder.close("failed", error=str(error))
             c, saved = self.config, checkpoints(self.folder.path)
             newest = f"checkpoint {saved[-1].stem}" if saved else "no checkpoint yet"
             reason = f"{error}. Stopped in {c.unit} {recorder.now}; everything written before is intact ({newest}): make room, and resume"
             raise CannotWrite(reason) from None
-        except Exception as error:
-            recorder.close("failed", error=str(error))
+        except BaseException as error:
+            with suppress(Exception):
+                recorder.close("failed", error=str(error))
             raise
+        recorder.close("finished")
+        if asked:
+            raise Interrupted(recorder.where())

@@ -13,7 +13,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 from ..core.device import rng_states, set_rng_states
-from .params import Params, axpy, check_alike, dot, norm
+from .params import Params, axpy, check_alike, dot, norm, scale
 
 # %% ../../nbs/curvature/02_hvp.ipynb #bca64cd2
 def check_point(
@@ -64,7 +64,7 @@ def no_randomness(device: torch.device):
 def _value(f: Callable, leaves: Params) -> Tensor:
     "f at `leaves`, checked: a scalar tensor, drawn from no generator."
     with no_randomness(next(iter(leaves.values())).device):
-        value = f(leaves)
+        value = f(dict(leaves))  # f may do with the dict what it likes
     if not isinstance(value, Tensor):
         raise ValueError(f"f returned a {type(value).__name__}, not a scalar tensor")
     if value.shape != () or not value.is_floating_point():
@@ -184,8 +184,37 @@ def _check_base(base: Params, point: Params) -> None:
     check_finite(base, "base")
 
 # %% ../../nbs/curvature/02_hvp.ipynb #87ec286e
+def _check_digits(f: Callable, point: Params, direction: Params, found: Params) -> None:
+    "Raise `ValueError` if the gradient of f has float32's digits only, and changes along the unit vector `direction`."
+    suspects = [name for name, g in found.items() if g.any() and _single(g)]
+    if suspects:
+        far = gradient(f, axpy(2.0**-10, direction, point))
+        least = 2.0**-40 * max(g.abs().max() for g in found.values() if g.numel())
+        moved = [
+            k
+            for k in suspects
+            if _single(far[k]) and (far[k] - found[k]).abs().max() > least
+        ]
+        if moved:
+            raise ValueError(
+                f"the gradient in {', '.join(map(str, moved))} has only float32's digits: f computes in float32 somewhere; make it follow the dtype of its params, or give hvp a number for epsilon"
+            )
+
+
+def _single(t: Tensor) -> bool:
+    "Whether every entry is a float32 number."
+    return torch.equal(t.float().to(t.dtype), t)
+
+# %% ../../nbs/curvature/02_hvp.ipynb #aa888e31
 def _difference(
-    f: Callable, params: Params, v: Params, scheme: str, epsilon: float, base, dtype
+    f: Callable,
+    params: Params,
+    v: Params,
+    scheme: str,
+    epsilon: float,
+    base: Params | None,
+    dtype: torch.dtype,
+    check: Callable | None = None,  # looks at f, point, direction, gradient ahead
 ) -> Params:
     "Hv from two gradients, both evaluated in `dtype`."
     point, v = ({k: x[k].detach().to(dtype) for k in params} for x in (params, v))
@@ -196,6 +225,8 @@ def _difference(
     if all(torch.equal(t, ahead[name]) for name, t in point.items()):
         raise ValueError(f"epsilon = {epsilon} changes no parameter in {dtype}")
     high = gradient(f, ahead)
+    if check is not None:
+        check(f, point, scale(1 / size, v), high)
     if scheme == "central":
         low, width = gradient(f, axpy(-epsilon / size, v, point)), 2 * epsilon
     else:
@@ -247,9 +278,9 @@ def hvp(
         return {name: torch.zeros_like(t) for name, t in params.items()}
     if scheme == "exact":
         return _exact(f, params, v)
-    dtype = next(iter(params.values())).dtype
+    dtype, check = next(iter(params.values())).dtype, None
     if epsilon is None:
-        epsilon, dtype = STEPS[scheme], torch.float64
+        epsilon, dtype, check = STEPS[scheme], torch.float64, _check_digits
         _check_float64(params, dtype)
         f = _following(f, params, dtype)
-    return _difference(f, params, v, scheme, epsilon, base, dtype)
+    return _difference(f, params, v, scheme, epsilon, base, dtype, check)
