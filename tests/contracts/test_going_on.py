@@ -215,3 +215,106 @@ def test_a_resumed_run_keeps_its_threads_and_device(tmp_path):
         trainer.fit(extra_epochs=2)
     finally: Recorder.log = log
     assert set(seen) == {(1, "cpu")} and (trainer.config.threads, trainer.config.device) == (1, "cpu")
+
+
+@pytest.mark.parametrize("unit", ["epochs", "steps"])
+@pytest.mark.parametrize("when", ["in the last step", "in the last checkpoint"])
+def test_two_ctrl_c_at_the_very_end_leave_a_run_that_resumes(unit, when, tmp_path, monkeypatch):
+    from lal.core import trainer as module
+    config = make_config(name="x", p=7, hidden_dim=16, batch_size=10, checkpoint_every=3, threads=1, device="cpu", **{unit: 12})
+    save = module.save_checkpoint
+
+    def twice():
+        for _ in range(2): signal.raise_signal(signal.SIGINT)
+
+    def last_checkpoint(path, state):
+        if when == "in the last checkpoint" and path.name == "12.pt": twice()
+        save(path, state)
+
+    class Hook:
+        def fire(self, point, state):
+            if when == "in the last step" and point == "pre_step" and state.step == (12 if unit == "steps" else 24): twice()
+
+    monkeypatch.setattr(module, "save_checkpoint", last_checkpoint)
+    with pytest.raises(KeyboardInterrupt): Trainer(config, tmp_path, hooks=Hook()).fit()
+    assert RunFolder(tmp_path / "x").summary["status"] == "interrupted"
+    monkeypatch.undo()
+    Trainer(config, tmp_path).fit(resume=True)
+    Trainer(with_values(config, name="y"), tmp_path).fit()
+    one_run, whole = (load_run(name, tmp_path) for name in "xy")
+    pd.testing.assert_frame_equal(one_run.history, whole.history, check_exact=True)
+    assert one_run.epochs_saved == whole.epochs_saved == [3, 6, 9, 12]
+
+
+def test_extra_epochs_begin_where_an_unfinished_run_would_have_ended(tmp_path):
+    class Alarm:
+        def fire(self, point, state):
+            if point == "post_epoch" and state.epoch == 7: signal.raise_signal(signal.SIGTERM)
+
+    config = make_config(name="x", p=7, hidden_dim=16, epochs=20, threads=1, device="cpu")
+    with pytest.raises(Interrupted): Trainer(config, tmp_path, hooks=Alarm()).fit()
+    Trainer(config, tmp_path).fit(extra_epochs=5)
+    assert load_run("x", tmp_path).max_epoch == 25
+    for wrong in (-1, 1.5):
+        with pytest.raises(ValueError, match="must be a whole number"): Trainer(config, tmp_path).fit(extra_epochs=wrong)
+
+
+@pytest.mark.parametrize("method", ["fire", "open", "flush", "state_dict", "row"])
+def test_a_hook_that_breaks_fails_the_run_and_says_why(method, tmp_path):
+    class Hook:
+        def fire(self, point, state):
+            if method == "row" and point == "post_step": self.folder.table("hooks/bad").append({"x": 1 if state.step % 2 else True})
+            if method == "fire" and state.step == 5: raise ValueError("it broke")
+
+        def open(self, folder):
+            self.folder = folder
+            if method == "open": raise ValueError("it broke")
+
+        def flush(self):
+            if method == "flush": raise ValueError("it broke")
+
+        def state_dict(self):
+            if method == "state_dict": raise ValueError("it broke")
+            return {}
+
+    config = make_config(name="x", p=7, hidden_dim=16, epochs=12, checkpoint_every=3, threads=1, device="cpu")
+    with pytest.raises((ValueError, TypeError), match="it broke|column holds"): Trainer(config, tmp_path, hooks=Hook()).fit()
+    summary = RunFolder(tmp_path / "x").summary
+    assert summary["status"] == "failed" and ("it broke" in summary["error"] or "column holds" in summary["error"])
+    Trainer(config, tmp_path).fit(resume=True)
+    assert load_run("x", tmp_path).summary["status"] == "finished"
+
+
+def test_a_run_folder_removed_in_mid_run_is_one_error_and_no_stump(tmp_path):
+    import shutil
+
+    class Hook:
+        def fire(self, point, state):
+            if state.step == 5 and (tmp_path / "x").exists(): shutil.rmtree(tmp_path / "x")
+
+    config = make_config(name="x", p=7, hidden_dim=16, epochs=12, checkpoint_every=3, threads=1, device="cpu")
+    with pytest.raises(OSError, match="can't be written"): Trainer(config, tmp_path, hooks=Hook()).fit()
+    assert not (tmp_path / "x").exists()
+    Trainer(config, tmp_path).fit()
+
+
+def test_a_reader_that_a_merge_overtakes_reads_once_more(tmp_path, monkeypatch):
+    from lal.core import tables
+    table = tables.Table(tmp_path / "t.parquet")
+    for k in range(4):
+        table.append({"step": k})
+        table.flush()
+    files, overtaken = tables.table_files, []
+
+    def while_merging(path):
+        found = files(path)
+        if not overtaken:
+            overtaken.append(True)
+            with monkeypatch.context() as m:      # the merged file is there, the parts are still there
+                m.setattr(tables.Table, "_remove", lambda *_: None)
+                table.merge()
+            found = [tmp_path / "t.parquet", *found]
+        return found
+
+    monkeypatch.setattr(tables, "table_files", while_merging)
+    assert tables.read_table(table.path).step.tolist() == [0, 1, 2, 3]

@@ -231,3 +231,29 @@ def test_on_cuda(scheme):
     with pytest.raises(ValueError, match="model.eval()"):
         hvp(lambda p: f(p) + torch.rand((), device="cuda"), there, v, scheme)
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@each_scheme
+def test_f_may_change_the_dict_it_is_given(scheme):
+    def f(p):
+        p["w"] = p["w"] * 2
+        return (p.pop("w") ** 4).sum()
+
+    w = torch.randn(5, generator=generator(2, "w"))
+    v = {"w": torch.ones(5)}
+    assert close(hvp(f, {"w": w}, v, scheme), {"w": 192 * w**2}, 1e-4)
+
+
+@pytest.mark.parametrize("scheme", STEPS)
+def test_float32_inside_f_is_an_error_and_rounding_noise_is_not(scheme):
+    w = {"w": torch.randn(5, generator=generator(2, "w"))}
+    def inside(p): return (p["w"].float() ** 4).to(p["w"].dtype).sum()
+    with pytest.raises(ValueError, match="float32 somewhere"): hvp(inside, w, w, scheme)
+    assert close(hvp(inside, w, w, scheme, 1e-2), {"w": 12 * w["w"] ** 3}, 0.05)
+
+    def linear(p): return 3 * p["w"].sum()
+    assert float(norm(hvp(linear, w, w, scheme))) == 0
+    with seeded(0, "init"): model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.GELU(), nn.Linear(4, 3))
+    f, params = loss_function(model, X, torch.tensor([0, 1, 2, 0, 1, 2])), params_of(model)     # the first bias has no influence
+    v = gradient(f, params)
+    assert close(hvp(f, params, v, scheme), hvp(f, params, v, "exact"), 1e-3)
