@@ -359,6 +359,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lal.core.trainer.Recorder.flush': ('core/trainer.html#recorder.flush', 'lal/core/trainer.py'),
                                   'lal.core.trainer.Recorder.log': ('core/trainer.html#recorder.log', 'lal/core/trainer.py'),
                                   'lal.core.trainer.Recorder.log_if_due': ('core/trainer.html#recorder.log_if_due', 'lal/core/trainer.py'),
+                                  'lal.core.trainer.Recorder.look': ('core/trainer.html#recorder.look', 'lal/core/trainer.py'),
                                   'lal.core.trainer.Recorder.now': ('core/trainer.html#recorder.now', 'lal/core/trainer.py'),
                                   'lal.core.trainer.Recorder.reached': ('core/trainer.html#recorder.reached', 'lal/core/trainer.py'),
                                   'lal.core.trainer.Recorder.save': ('core/trainer.html#recorder.save', 'lal/core/trainer.py'),
