@@ -112,8 +112,8 @@ def thin(
 
 # %% ../../nbs/analysis/01_plots.ipynb #71371ca1
 def counted(runs) -> str:
-    "What these runs are drawn over: `epoch`, or `step` when one of them has several log points in an epoch."
-    return "epoch" if all(r.history.epoch.is_unique for r in runs) else "step"
+    "What these runs are drawn over: `epoch`, or `step` when one of them counts steps."
+    return "step" if any(getattr(r, "unit", "") == "step" for r in runs) else "epoch"
 
 # %% ../../nbs/analysis/01_plots.ipynb #74dec8ea
 def finding(runs) -> str:

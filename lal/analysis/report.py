@@ -11,32 +11,34 @@ from pathlib import Path
 import pandas as pd
 import plotly.io as pio
 import yaml
-from .plots import finding, training_curves
+from .plots import counted, finding, training_curves
 from .runs import Run, RunError
-from ..core.run import GROKKED, IN_A_ROW, MEMORISED, write_whole
+from lal.core.run import (
+    GROKKED,
+    IN_A_ROW,
+    MEMORISED,
+    grok_epoch,
+    memorised_epoch,
+    write_whole,
+)
 
 # %% ../../nbs/analysis/04_report.ipynb #75364f9f
 def stages_table(runs: list[Run]) -> pd.DataFrame:
-    "One row a run: stages in epochs, grokked / memorised, accuracies, seconds."
-    rows = []
+    "One row a run: stages in epochs (or steps, when one counts these), grokked / memorised, accuracies, seconds."
+    rows, unit = [], counted(runs)
     for run in runs:
-        m, g, s = run.memorised_epoch, run.grok_epoch, run.summary
-        after = (
-            run.history.test_acc[run.history.epoch >= g].min()
-            if g is not None
-            else None
-        )
+        m, g = (f(run.history, unit) for f in (memorised_epoch, grok_epoch))
+        s, when = run.summary, run.history[unit]
+        after = run.history.test_acc[when >= g].min() if g is not None else None
         rows.append(
             {
                 "run": run.name,
                 "seed": run.config["seed"],
-                "memorised (epoch)": m,
-                "grokked (epoch)": g,
+                f"memorised ({unit})": m,
+                f"grokked ({unit})": g,
                 "grokked / memorised": f"{g / m:.1f}" if m and g else "",
                 "test accuracy when memorised": _percent(
-                    run.history.test_acc[run.history.epoch == m].min()
-                    if m is not None
-                    else None
+                    run.history.test_acc[when == m].min() if m is not None else None
                 ),
                 "lowest test accuracy after grokking": _percent(after),
                 "last test accuracy": _percent(run.history.test_acc.iloc[-1]),
@@ -44,7 +46,7 @@ def stages_table(runs: list[Run]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).astype(
-        {"memorised (epoch)": "Int64", "grokked (epoch)": "Int64"}
+        {f"memorised ({unit})": "Int64", f"grokked ({unit})": "Int64"}
     )
 
 

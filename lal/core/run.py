@@ -24,7 +24,6 @@ from lal.core.config import (
     to_yaml,
 )
 from lal.core.files import (
-    CannotWrite,
     DamagedCheckpoint,
     load_checkpoint,
     make_folder,
@@ -153,8 +152,7 @@ class RunFolder:
 
     def merge(self) -> None:
         "Write all rows, and make one file of each table."
-        for table in self._on_disk():
-            table.merge()
+        self._on_disk()
         for table in self._tables.values():
             table.merge()
 
@@ -190,16 +188,14 @@ class RunFolder:
     def locked(self):
         "Inside the block this process alone makes or trains this run; `ConfigError` when another one does."
         locks = self.path.parent / ".locks"
-        try:
+        lock = filelock.FileLock(locks / f"{self.path.name}.lock", timeout=0)
+        with writing(locks):
             locks.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(locks / f"{self.path.name}.lock", timeout=0)
-            lock.acquire()
-        except filelock.Timeout:
-            reason = "another process is training this run"
-            raise ConfigError(reason, source=str(self.path)) from None
-        except OSError as error:
-            reason = f"{locks} can't be written: {error.strerror or error}"
-            raise CannotWrite(reason) from None
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                reason = "another process is training this run"
+                raise ConfigError(reason, source=str(self.path)) from None
         try:
             yield self
         finally:

@@ -34,12 +34,16 @@ def all_parts(path: Path) -> list[tuple[int, int, Path]]:
 # %% ../../nbs/core/06_tables.ipynb #bdb3361d
 def table_files(path: Path) -> list[Path]:
     "The files that make up the table at `path`, in the order of their rows."
-    path = Path(path)
+    return _chain(Path(path))[0]
+
+
+def _chain(path: Path) -> tuple[list[Path], int]:
+    "The files, and how many rows they hold together."
     n, files = merged_rows(path), [path] if path.exists() else []
     for first, end, file in all_parts(path):
         if first == n:
             files, n = files + [file], end
-    return files
+    return files, n
 
 # %% ../../nbs/core/06_tables.ipynb #7294c3bd
 def merged_rows(path: Path) -> int:
@@ -115,9 +119,7 @@ class Table:
         self.path, self.metadata = Path(path), metadata
         self.pending: list[dict] = []
         self.kinds: dict[str, str] | None = None  # of the columns, once needed
-        self.n = 0  # rows on disk
-        for first, end, _ in [(0, merged_rows(self.path), None), *all_parts(self.path)]:
-            self.n = end if first == self.n else self.n
+        self.n = _chain(self.path)[1]  # rows on disk
 
     def __len__(self) -> int:
         "Rows on disk and in memory."

@@ -520,9 +520,9 @@ class Trainer:
         "Everything as it was at the newest checkpoint."
         rows, c = restore(recorder), self.config
         if extra:
-            stopped = None if recorder.reached() else c.last
+            end = 0 if recorder.reached() else c.last
             saved = (int(f.stem) for f in checkpoints(self.folder.path))
-            until = max(recorder.now, *saved, stopped or 0) + extra
+            until = max(recorder.now, *saved, end) + extra
             self.config = recorder.config = with_values(c, until=until)
         if (self.config.until or recorder.now) < recorder.now:
             reason = f"the run is at {c.unit} {recorder.now} already"

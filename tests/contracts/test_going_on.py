@@ -318,3 +318,19 @@ def test_a_reader_that_a_merge_overtakes_reads_once_more(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tables, "table_files", while_merging)
     assert tables.read_table(table.path).step.tolist() == [0, 1, 2, 3]
+
+
+def test_tables_and_titles_of_a_run_that_counts_steps_are_in_steps(tmp_path):
+    from lal.analysis.plots import finding, training_curves
+    from lal.analysis.report import stages_table
+    config = make_config(name="x", p=7, hidden_dim=16, steps=400, log_every=1, batch_size=10, lr=1e-2, threads=1, device="cpu")
+    Trainer(config, tmp_path).fit()
+    run = load_run("x", tmp_path)
+    assert not run.history.epoch.is_unique
+    table, rows = stages_table([run]), run.history
+    memorised = table["memorised (step)"][0]
+    assert memorised == run.summary["memorised_step"] == rows.step[rows.train_acc >= 0.99].iloc[0]
+    then = rows.test_acc[rows.step == memorised].item()
+    assert table["test accuracy when memorised"][0] == f"{then:.1%}"
+    assert training_curves(run).layout.xaxis2.title.text == "step"
+    assert f"memorised at {memorised:,}" in repr(run) and "memorised" in finding([run])
