@@ -173,6 +173,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lal.core.config.one_per_seed': ('core/config.html#one_per_seed', 'lal/core/config.py'),
                                  'lal.core.config.parse_set': ('core/config.html#parse_set', 'lal/core/config.py'),
                                  'lal.core.config.read_yaml': ('core/config.html#read_yaml', 'lal/core/config.py'),
+                                 'lal.core.config.register_check': ('core/config.html#register_check', 'lal/core/config.py'),
                                  'lal.core.config.register_section': ('core/config.html#register_section', 'lal/core/config.py'),
                                  'lal.core.config.shipped_configs': ('core/config.html#shipped_configs', 'lal/core/config.py'),
                                  'lal.core.config.to_dict': ('core/config.html#to_dict', 'lal/core/config.py'),

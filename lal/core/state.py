@@ -160,7 +160,9 @@ class TrainState:
     loss: Tensor | None = None  # of the last step, nats
     lr: float | None = None  # used by the last step
     grad_norm: Tensor | None = None  # before clipping; `None` without clipping
+    clip_factor: Tensor | None = None  # what clipping multiplied the gradient by
     row: dict | None = None  # of the history, at a log point
+    criterion: Callable = F.cross_entropy  # of outputs and answers, to a scalar
 
     @classmethod
     def create(cls, config: Config, device: torch.device) -> "TrainState":
@@ -240,14 +242,15 @@ def train_step(
     grad_clip: float | None = None,  # largest gradient norm
     fire: Callable[[str, TrainState], None] = silent,
 ) -> None:
-    "Count the step, fire PRE_STEP, and let the optimizer make one step on the batch's mean cross-entropy."
+    "Count the step, fire PRE_STEP, and let the optimizer make one step on the batch's loss."
     s = state
     s.step, s.batch, s.lr = s.step + 1, batch, s.optimizer.param_groups[0]["lr"]
     fire(PRE_STEP, s)
     s.optimizer.zero_grad()
-    loss = F.cross_entropy(s.model(batch[0]), batch[1])
+    loss = s.criterion(s.model(batch[0]), batch[1])
     loss.backward()
     if grad_clip is not None:
         s.grad_norm = nn.utils.clip_grad_norm_(s.model.parameters(), grad_clip)
+        s.clip_factor = (grad_clip / (s.grad_norm + 1e-6)).clamp(max=1.0)  # as it does
     s.optimizer.step()
     s.loss = loss.detach()

@@ -403,11 +403,16 @@ def restore(recorder: Recorder) -> dict[str, int]:
     if (found := newest_checkpoint(folder.path, s.device)) is None:
         return {}
     saved, file = found
+    if "hooks" in saved and recorder.hooks is None:
+        reason = "the run was watched by hooks: give them again, as hooks=…"
+        raise ConfigError(reason, source=str(folder.path))
     try:
         s.restore(saved)
         if "hooks" in saved:
             call(recorder.hooks, "load_state_dict", saved["hooks"])
         recorder.seconds, s.best, rows = saved["seconds"], saved["best"], saved["rows"]
+    except ConfigError:
+        raise
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = f"does not fit this run ({str(error).splitlines()[0][:100]}); delete it to use the one before"
         raise ConfigError(reason, source=str(file)) from None
@@ -453,6 +458,9 @@ class Trainer:
                 "a Trainer trains one seed; make one for each of `one_per_seed(config)`"
             )
             raise ConfigError(reason, "seeds", config.seeds)
+        if hooks is None and config.hooks not in ("none", [], ["none"]):
+            reason = "needs hooks=create_hooks(config), of lal.hooks.registry; with hooks = none nobody watches"
+            raise ConfigError(reason, "hooks", config.hooks)
         self.config, self.root, self.overwrite = config, Path(root), overwrite
         self.hooks, self.state = hooks, None
         self.progress = sys.stderr.isatty() if progress is None else progress
@@ -477,6 +485,7 @@ class Trainer:
             settings.enter_context(deterministic(self.config.deterministic))
             settings.enter_context(seeded(self.config.seed, "train", self.device))
             state = self._build()
+            call(self.hooks, "check", self.config, state, self.root)
             if not resume:
                 here = environment(self.device)
                 self.folder = create_run(self.root, self.config, here, self.overwrite)

@@ -113,17 +113,18 @@ def loss_function(
     model: nn.Module,
     x: Tensor,  # `[N, …]`
     y: Tensor,  # `[N]`, class indices
+    criterion: Callable = F.cross_entropy,  # of outputs and answers, to a scalar
 ) -> Callable[
     [Params], Tensor
 ]:  # raises `ValueError` on names or shapes that the model hasn't
-    "θ ↦ mean cross-entropy (nats) of the model with parameters θ on (x, y); the model itself is never changed."
+    "θ ↦ loss (mean cross-entropy, in nats) of the model with parameters θ on (x, y); the model itself is never changed."
 
     def loss(params: Params) -> Tensor:
         check_alike(dict(model.named_parameters()), params, ("the model", "params"))
         dtype = next(iter(params.values())).dtype
         buffers = {n: _follow(b, dtype).clone() for n, b in model.named_buffers()}
-        logits = functional_call(model, {**buffers, **params}, (_follow(x, dtype),))
-        return F.cross_entropy(logits, y)
+        outputs = functional_call(model, {**buffers, **params}, (_follow(x, dtype),))
+        return criterion(outputs, _follow(y, dtype))
 
     return loss
 
