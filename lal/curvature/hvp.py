@@ -44,7 +44,10 @@ def check_finite(tensors: Params, what: str) -> None:
 
 # %% ../../nbs/curvature/02_hvp.ipynb #846d49cf
 @contextmanager
-def no_randomness(device: torch.device):
+def no_randomness(
+    device: torch.device,
+    way_out: str = "switch dropout off with model.eval()",  # for the error
+):
     "Raise `ValueError` if the block draws from a global generator. Its state is afterwards as it was, also after an error."
     before = rng_states(device)
     moved = False
@@ -57,7 +60,7 @@ def no_randomness(device: torch.device):
             set_rng_states(before, device)
     if moved:
         raise ValueError(
-            "f draws from the global random generator, so it is no function of params: switch dropout off with model.eval()"
+            f"f draws from the global random generator, so it is no function of params: {way_out}"
         )
 
 # %% ../../nbs/curvature/02_hvp.ipynb #4c842947
