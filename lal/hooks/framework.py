@@ -109,9 +109,6 @@ class Hook:
             except (TypeError, ValueError) as error:
                 raise ConfigError(str(error), f"{self.name}.{name}", value) from None
             setattr(self, name, value)
-        if "burst_length" in known and self.burst_length > self.every_n_steps:
-            reason = f"must not be larger than every_n_steps = {self.every_n_steps}"
-            raise ConfigError(reason, f"{self.name}.burst_length", self.burst_length)
 
     def due_step(self, step: int, epoch: int, log_point: Callable) -> bool:
         "Whether it fires at this step; `log_point(step)` tells log points of a run that counts steps."

@@ -46,6 +46,8 @@ METRICS = (
     Metric("edge_of_stability", r"\max(0,\; g_A^\top H_B\, g_A / \|g_A\|^2)", (0, None), "a lower bound on the largest eigenvalue of H_B"),
     Metric("stability_margin", r"\eta \cdot \text{edge} / \text{limit}", (0, None), "1: at the edge of stability along this direction (limit 2 for SGD, 2(1+β) with momentum); absent for Adam and AdamW"),
     Metric("entanglement_coherence", r"\cos(H_B g_A,\; \text{that of the step before})", (-1, 1), "1: consecutive entanglements add up. 0: they have nothing in common. Inside a burst, from its second row"),
+    Metric("relative_change", r"\|\text{obs} - g_B\| / \|g_B\|", (0, None), "by how much the step that was really made changed B's gradient (obs before clipping), for every optimizer. 1: as much as B had to say"),
+    Metric("change_cossim", r"\cos(\text{obs} - g_B,\; -H_B g_A)", (-1, 1), "1: the real change is along the entanglement, as plain SGD has it"),
     Metric("entanglement_cossim_to_solution", r"\cos(+H_B g_A,\; \theta_\text{ref} - \theta)", (-1, 1), "positive: the entanglement moves the weights towards the reference", "reference"),
     Metric("content_cossim_to_solution", r"\cos(-g_B,\; \theta_\text{ref} - \theta)", (-1, 1), "positive: the content moves the weights towards the reference", "reference"),
     Metric("relative_fd_error", r"\|\widehat{Hg} - Hg\| / \|Hg\|", (0, None), "error of the finite difference against the exact product", "check_every"),
@@ -102,8 +104,10 @@ class Hessian(Hook):
         base = gradient(f, theta, torch.float64 if automatic else None)
         content = {name: g.to(theta[name].dtype) for name, g in base.items()}
         bent = self.product(f, theta, g_a, base)
-        observed = minus(state.unclipped(), content)
+        change = minus(state.unclipped(), content)
         found = self.compare(state, bent, content, g_a)
+        found["relative_change"] = norm(change) / norm(content)
+        found["change_cossim"] = -cosine(change, bent)
         if self.last_at == state.step - 1:
             found["entanglement_coherence"] = cosine(bent, self.last)
         if state.reference is not None:
@@ -118,11 +122,11 @@ class Hessian(Hook):
             exact = hvp(f, theta, g_a, "exact")
             found["relative_fd_error"] = norm(minus(bent, exact)) / norm(exact)
         if is_plain_sgd(state.optimizer):
-            rest = axpy(rate, bent, observed)
-            found["eta_residual"] = norm(rest) / norm(observed)
+            rest = axpy(rate, bent, change)
+            found["eta_residual"] = norm(rest) / norm(change)
         if self.displacement:
-            rest = minus(observed, self.product(f, theta, minus(here, theta), base))
-            found["displacement_residual"] = norm(rest) / norm(observed)
+            rest = minus(change, self.product(f, theta, minus(here, theta), base))
+            found["displacement_residual"] = norm(rest) / norm(change)
         self.last, self.last_at, self.rows = bent, state.step, self.rows + 1
         return found
 
