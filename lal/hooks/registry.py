@@ -77,7 +77,7 @@ def create_hooks(
     "The hooks that a configuration asks for: `Trainer(config, hooks=create_hooks(config))`."
     names, options = choose(config.hooks, config), config.hook_options or {}
     for name, given in options.items():
-        check_options(name, given, names, config)
+        check_options(name, given, config)
     hooks = [REGISTRY[name](**options.get(name, {})) for name in names]
     for hook in hooks:
         if reason := never_fires(hook, config):
@@ -95,19 +95,17 @@ def create_hooks(
     )
 
 # %% ../../nbs/hooks/07_registry.ipynb #8a33f1ca
-def check_options(name: str, given, names: list[str], config: Config) -> None:
-    "Raise `ConfigError` unless these are options of a hook that is on."
+def check_options(name: str, given, config: Config) -> None:
+    "Raise `ConfigError` unless these are options of a hook."
     if name not in REGISTRY:
         reason = f"no hook is called '{name}'{nearest(name, REGISTRY) or ';'} there are {', '.join(REGISTRY)}"
-        raise ConfigError(reason, "hook_options", config.hook_options)
-    if name not in names:
-        reason = f"{name} is not switched on: add it to hooks = {config.hooks}"
         raise ConfigError(reason, "hook_options", config.hook_options)
     if not isinstance(given, dict):
         reason = (
             f"{name} needs a mapping of options, as in {{{name}: {{option: value}}}}"
         )
         raise ConfigError(reason, "hook_options", config.hook_options)
+    REGISTRY[name](**given)
 
 # %% ../../nbs/hooks/07_registry.ipynb #c953fd43
 def hook_problems(config: Config) -> Iterator[tuple]:
