@@ -252,7 +252,7 @@ def entanglement_rows(runs) -> list[tuple]:
 def _measured(runs) -> list[tuple]:
     if found := entanglement_rows(runs):
         return found
-    who = f"{runs[0].name} has" if len(runs) == 1 else "none of these runs has"
+    who = f"{runs[0].name} has no" if len(runs) == 1 else "none of these runs has"
     raise ValueError(f"{who} rows of the hook {HESSIAN}: train with hooks: {HESSIAN}")
 
 # %% ../../nbs/analysis/01_plots.ipynb #66ebcdde
@@ -264,7 +264,7 @@ def entanglement_finding(runs) -> str:
     ratio, cosine = (
         rows[m].median().dropna() if m in rows.obj else {} for m in (RATIO, COSINE)
     )
-    words = _stage_words(runs, unit)
+    words = _stage_words([run for run, _ in measured], unit)
     ends = sorted({min(ratio.index), max(ratio.index)})
     said = ", ".join(f"{_short(ratio[k])} {words[k]}" for k in ends)
     turned = ", then ".join(_signed(cosine[k]) for k in ends if k in cosine)
@@ -342,12 +342,9 @@ def entanglement_panel(
                         run, rows[unit], rows[metric], burst, color, len(measured)
                     )
                     fig.add_traces(pair, rows=panel, cols=1)
-    end = max(
-        max(run.history[unit].max() for run in runs),
-        max(rows[unit].max() for _, rows in measured),
-    )
+    end = max(max(run.history[unit].max(), rows[unit].max()) for run, rows in measured)
     for part, stage in (("train", memorised_epoch), ("test", grok_epoch)):
-        when = [stage(run.history, unit) for run in runs]
+        when = [stage(run.history, unit) for run, _ in measured]
         if when := [w for w in when if w is not None]:
             _mark_when(fig, part, float(np.median(when)), end)
     for panel in (2, 3):
@@ -359,7 +356,7 @@ def entanglement_panel(
     fig.update_xaxes(range=[0, 1.02 * end])
     fig.update_layout(title=dict(y=1, yanchor="top", pad_t=12))
     if not fig.layout.title.text:
-        fig.update_layout(margin_t=36)
+        fig.update_layout(margin_t=64)  # plotly's buttons are there
     return fig.update_xaxes(title=unit, row=4, col=1)
 
 # %% ../../nbs/analysis/01_plots.ipynb #b319edb1

@@ -104,11 +104,11 @@ def figure_html(fig, name: str, first: bool) -> str:
 # %% ../../nbs/analysis/04_report.ipynb #dbaa7029
 BENDS = "How one batch bends the next"
 HOW_TO_READ = (
-    "Take two steps in a row, on batch A and then on batch B. The content is the gradient "
-    "that B has before A's step; the entanglement is how that gradient changes along A's. "
-    "An energy ratio near 0 means that the content is by far the longer of the two, near 1 that the entanglement is. "
-    "Where the cosine is positive, the step on A shortens B's gradient; where it is negative, it adds to it. "
-    "Where the coherence is near 1, the entanglement keeps its direction from step to step; near 0, each pair of batches has its own."
+    "Take two steps in a row, on batch A and then on batch B: the content is the gradient that B has "
+    "before A's step, the entanglement how that gradient changes along A's. "
+    "The energy ratio is near 0 where the content is by far the longer of the two, near 1 where the entanglement is. "
+    "A positive cosine means that a step down A's gradient shortens B's, a negative one that it adds to it; "
+    "a coherence near 0 means that every pair of batches is bent in a direction of its own."
 )
 
 
