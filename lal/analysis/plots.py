@@ -342,7 +342,8 @@ def entanglement_panel(
                         run, rows[unit], rows[metric], burst, color, len(measured)
                     )
                     fig.add_traces(pair, rows=panel, cols=1)
-    end = max(max(run.history[unit].max(), rows[unit].max()) for run, rows in measured)
+    ends = [(run.history[unit].max(), rows[unit].max()) for run, rows in measured]
+    end = float(np.nanmax(ends))  # a run may have no history yet
     for part, stage in (("train", memorised_epoch), ("test", grok_epoch)):
         when = [stage(run.history, unit) for run, _ in measured]
         if when := [w for w in when if w is not None]:
@@ -369,7 +370,7 @@ def _dots_and_medians(run, x, y, burst, color: str, n_runs: int) -> list[go.Scat
     rows = pd.DataFrame({"x": x, "y": y, "burst": burst})[kept]
     lot = np.random.default_rng(0).permutation(len(rows))[: DOTS // n_runs]
     middle = rows.groupby("burst").median()
-    middle = middle.iloc[thin(middle.y)]
+    middle = middle.iloc[thin(middle.y, 800 // n_runs)]
     drawn = (
         (rows.iloc[np.sort(lot)], dict(mode="markers", marker=dict(size=4)), "a row"),
         (middle, dict(mode="lines", line=dict(width=1.8)), "median of a burst"),
@@ -393,7 +394,7 @@ def _with_color(look: dict, color: str) -> dict:
 
 def _log_axis(values: np.ndarray) -> dict:
     "A logarithmic axis around these values, with labels also where it is short of a decade."
-    values = values[values > 0]
+    values = values[np.isfinite(values) & (values > 0)]
     low, high = (values.min(), values.max()) if len(values) else (1, 10)
     low, high = low / 1.25, max(high * 1.25, 2 * low)
     axis = dict(type="log", range=[float(np.log10(low)), float(np.log10(high))])
