@@ -105,7 +105,7 @@ def figure_html(fig, name: str, first: bool) -> str:
 BENDS = "How one batch bends the next"
 HOW_TO_READ = (
     "Take two steps in a row, on batch A and then on batch B: the content is the gradient that B has "
-    "before A's step, the entanglement how that gradient changes along A's. "
+    "before A's step, the entanglement how that gradient changes along A's, before the learning rate scales it. "
     "The energy ratio is near 0 where the content is by far the longer of the two, near 1 where the entanglement is. "
     "A positive cosine means that a step down A's gradient shortens B's, a negative one that it adds to it; "
     "a coherence near 0 means that every pair of batches is bent in a direction of its own."
