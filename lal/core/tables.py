@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART', 'KINDS', 'MOST_PARTS', 'parts_folder', 'all_parts', 'table_files', 'merged_rows', 'stamp', 'read_table',
-           'kinds_on_disk', 'Table']
+           'table_metadata', 'kinds_on_disk', 'Table']
 
 # %% ../../nbs/core/06_tables.ipynb #f08fb952
 import re
@@ -81,6 +81,19 @@ def _read(path: Path, attempts: int = 20) -> pa.Table | None:
         return None
     whole = pa.concat_tables(read, promote_options="permissive").combine_chunks()
     return whole.replace_schema_metadata(read[-1].schema.metadata)
+
+# %% ../../nbs/core/06_tables.ipynb #c47c2ef4
+def table_metadata(path: Path, attempts: int = 20) -> dict[str, str]:
+    "The metadata of the newest file of the table at `path` that has any; empty when none has."
+    for left in reversed(range(attempts)):
+        try:
+            for file in reversed(table_files(path)):
+                if found := pq.read_schema(file).metadata:
+                    return {k.decode(): v.decode() for k, v in found.items()}
+            return {}
+        except FileNotFoundError:  # merged under our eyes
+            if not left:
+                raise
 
 # %% ../../nbs/core/06_tables.ipynb #6e897e1b
 KINDS = {bool: "a bool", int: "a number", float: "a number", str: "text"}
