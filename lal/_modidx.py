@@ -329,6 +329,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lal.core.state.Batches.state_dict': ('core/state.html#batches.state_dict', 'lal/core/state.py'),
                                 'lal.core.state.TrainState': ('core/state.html#trainstate', 'lal/core/state.py'),
                                 'lal.core.state.TrainState.checkpoint': ('core/state.html#trainstate.checkpoint', 'lal/core/state.py'),
+                                'lal.core.state.TrainState.clip_factor': ('core/state.html#trainstate.clip_factor', 'lal/core/state.py'),
                                 'lal.core.state.TrainState.create': ('core/state.html#trainstate.create', 'lal/core/state.py'),
                                 'lal.core.state.TrainState.device': ('core/state.html#trainstate.device', 'lal/core/state.py'),
                                 'lal.core.state.TrainState.keep_best': ('core/state.html#trainstate.keep_best', 'lal/core/state.py'),

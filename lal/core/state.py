@@ -160,7 +160,7 @@ class TrainState:
     loss: Tensor | None = None  # of the last step, nats
     lr: float | None = None  # used by the last step
     grad_norm: Tensor | None = None  # before clipping; `None` without clipping
-    clip_factor: Tensor | None = None  # what clipping multiplied the gradient by
+    grad_clip: float | None = None  # the largest norm allowed in the last step
     row: dict | None = None  # of the history, at a log point
     criterion: Callable = F.cross_entropy  # of outputs and answers, to a scalar
 
@@ -183,6 +183,13 @@ class TrainState:
     @property
     def device(self) -> torch.device:
         return self.batches.y.device
+
+    @property
+    def clip_factor(self) -> Tensor | None:
+        "What clipping multiplied the last gradient by, as a device scalar; `None` without clipping."
+        if self.grad_clip is None:
+            return None
+        return (self.grad_clip / (self.grad_norm + 1e-6)).clamp(max=1.0)  # PyTorch's
 
     def keep_best(self, test_acc: float) -> None:
         "Remember these weights as the best so far."
@@ -245,12 +252,12 @@ def train_step(
     "Count the step, fire PRE_STEP, and let the optimizer make one step on the batch's loss."
     s = state
     s.step, s.batch, s.lr = s.step + 1, batch, s.optimizer.param_groups[0]["lr"]
+    s.grad_clip = grad_clip
     fire(PRE_STEP, s)
     s.optimizer.zero_grad()
     loss = s.criterion(s.model(batch[0]), batch[1])
     loss.backward()
     if grad_clip is not None:
         s.grad_norm = nn.utils.clip_grad_norm_(s.model.parameters(), grad_clip)
-        s.clip_factor = (grad_clip / (s.grad_norm + 1e-6)).clamp(max=1.0)  # as it does
     s.optimizer.step()
     s.loss = loss.detach()

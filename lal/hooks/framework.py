@@ -210,7 +210,7 @@ class HookState:
         factor = self.train_state.clip_factor
         if factor is None:
             return {name: g.clone() for name, g in self.grads().items()}
-        return {name: g / factor.to(g.device) for name, g in self.grads().items()}
+        return {name: g / factor for name, g in self.grads().items()}
 
     def loss_on(self, batch: Batch | tuple) -> Callable[[Params], Tensor]:
         "The loss on a batch as a function of the parameters that train."
@@ -506,9 +506,10 @@ class Hooks:
         before, view = marks(state, whole), self.view
         if self.offload:
             self.move(hook, state.device)
-        with generators_kept(state.device, whole), self.timed(hook, point, state):
+        with generators_kept(state.device, whole):
             try:
-                result = getattr(hook, point)(view)
+                with self.timed(hook, point, state) if self.profiled else nullcontext():
+                    result = getattr(hook, point)(view)
             except Exception as error:
                 problem = error
         if self.offload:
@@ -530,9 +531,6 @@ class Hooks:
     @contextmanager
     def timed(self, hook, point: str, state: TrainState):
         "Add the block's wall time to the profile."
-        if not self.profiled:
-            yield
-            return
         wait = torch.cuda.synchronize if state.device.type == "cuda" else nullcontext
         wait()
         began = time.perf_counter()

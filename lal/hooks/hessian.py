@@ -94,7 +94,8 @@ class Hessian(Hook):
         theta, here, rate = self.before, self.here, self.rate
         follows = self.at == state.step - 1 and state.previous_grad is not None
         self.before, self.here, self.at = here, None, state.step
-        self.rate = state.lr * (1.0 if state.clip_factor is None else state.clip_factor)
+        clip = state.clip_factor
+        self.rate = state.lr if clip is None else state.lr * clip
         return self.measure(state, theta, here, rate) if follows else None
 
     def measure(self, state: HookState, theta: Params, here: Params, rate) -> dict:
@@ -144,12 +145,12 @@ class Hessian(Hook):
         size, own, first = norm(bent), norm(content), norm(g_a)
         rayleigh = dot(g_a, bent) / first**2
         edge = rayleigh.clamp(min=0)
-        clip = 1.0 if state.clip_factor is None else state.clip_factor
+        clip = state.clip_factor
         found = {
             "entanglement_norm": size,
             "content_norm": own,
             "observed_grad_norm": norm(state.grads()),
-            "clip_factor": clip,
+            "clip_factor": 1.0 if clip is None else clip,
             "entanglement_energy_ratio": size**2 / (size**2 + own**2),
             "entanglement_content_cossim": cosine(bent, content),
             "rayleigh_quotient": rayleigh,
