@@ -33,6 +33,7 @@ COLORS = {
     "gradient": "#c4679b",
     "content": "#d39a00",
     "entanglement": "#8a7fd0",
+    "change": "#4bacd8",
     "mark": "#8c8c8c",
 }
 
@@ -318,7 +319,10 @@ def _signed(cosine: float) -> str:
 
 # %% ../../nbs/analysis/01_plots.ipynb #9d0e0833
 PANELS = {
-    "energy ratio": {RATIO: "entanglement"},
+    "energy ratio, and relative {change} of the next gradient": {
+        RATIO: "entanglement",
+        "relative_change": "change",
+    },
     "cosine of entanglement and content": {COSINE: "entanglement"},
     "coherence within a burst": {"entanglement_coherence": "entanglement"},
     "norms of {content} and {entanglement}": {
@@ -362,7 +366,9 @@ def entanglement_panel(
     for panel in (2, 3):
         fig.add_hline(y=0, line=dict(color=COLORS["mark"], width=1), row=panel, col=1)
         fig.update_yaxes(range=[-1.05, 1.05], row=panel, col=1)
-    fig.update_yaxes(range=[-0.03, 1.45], tickvals=[0, 0.5, 1], row=1, col=1)
+    lines = [t.y for t in fig.data if t.mode == "lines" and t.yaxis in (None, "y")]
+    top = max([1.0, *(np.nanmax(y) for y in lines if len(y))])
+    fig.update_yaxes(range=[-0.03, 1.45 * top], nticks=4, row=1, col=1)
     norms = [trace.y for trace in fig.data if trace.yaxis == "y4"]
     fig.update_yaxes(_log_axis(np.concatenate(norms or [[]])), row=4, col=1)
     fig.update_xaxes(range=[0, 1.02 * end])
