@@ -80,7 +80,7 @@ def one_firing(hook, state, config):
             watching.fire(POST_STEP, state)
             whole = state.batches.at_start
         watching.fire(POST_EPOCH, state)
-    view, kept = watching.view, watching.previous
+    view, kept = watching.view, watching.view.unclipped()
     memory = dict(vars(hook))
 
     def work():

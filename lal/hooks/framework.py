@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FOR_STEPS', 'FOR_EPOCHS', 'MOST_PENDING', 'REGISTRY', 'Metric', 'Needs', 'Hook', 'points_of', 'declared_options',
            'Batch', 'replaying', 'HookState', 'load_reference', 'marks', 'generators_kept', 'HookError', 'plain',
-           'moved', 'size_of', 'Hooks', 'remembered', 'never_fires', 'said_at', 'diverged', 'as_number', 'declaration',
-           'question', 'metrics_markdown', 'options_markdown', 'said_range', 'said_with', 'register']
+           'moved', 'size_of', 'Calendar', 'Kept', 'Rows', 'as_number', 'Hooks', 'check_hooks', 'present', 'move',
+           'remembered', 'never_fires', 'said_at', 'diverged', 'declaration', 'question', 'metrics_markdown',
+           'options_markdown', 'said_range', 'said_with', 'register']
 
 # %% ../../nbs/hooks/01_framework.ipynb #127dd27c
 import copy, inspect, json, math, random, re, time, warnings
@@ -355,9 +356,202 @@ def size_of(value) -> int:
     return sum(map(size_of, inner)) if isinstance(value, (dict, list, tuple)) else 0
 
 # %% ../../nbs/hooks/01_framework.ipynb #77090854
+class Calendar:
+    "Which hook is due when, in one run."
+
+    def __init__(self, config: Config | None = None):  # without: log at every epoch
+        self.config = config
+
+    @property
+    def by_steps(self) -> bool:
+        return self.config is not None and self.config.unit == "step"
+
+    def log_point(self, unit: str, n: int) -> bool:
+        "Whether the run logs at this epoch or step."
+        c = self.config
+        if c is None:
+            return unit == "epoch"
+        return c.unit == unit and (n % c.log_every == 0 or n == c.last)
+
+    def due_step(self, hook: Hook, step: int, epoch: int) -> bool:
+        "Whether a hook fires at the points of this step."
+        if not {PRE_STEP, POST_STEP} & {*points_of(hook)}:
+            return False
+        return hook.due_step(step, epoch, lambda n: self.log_point("step", n))
+
+    def due_epoch(self, hook: Hook, epoch: int) -> bool:
+        "Whether a hook fires at the points of this epoch."
+        if self.by_steps or not {PRE_EPOCH, POST_EPOCH} & {*points_of(hook)}:
+            return False
+        return hook.due_epoch(epoch, lambda n: self.log_point("epoch", n))
+
+    def due_next(self, hook: Hook, state: TrainState) -> bool:
+        "Whether a hook fires at the step after this one."
+        begins = not self.by_steps and state.batches.at_start
+        return self.due_step(hook, state.step + 1, state.epoch + begins)
+
+# %% ../../nbs/hooks/01_framework.ipynb #a2837ec2
+class Kept:
+    "Gradients kept for the hooks that need them."
+
+    def __init__(self, hooks: list[Hook], calendar: Calendar, offload: bool = False):
+        self.calendar, self.offload = calendar, offload
+        self.of_epoch = [h for h in hooks if h.needs & Needs.EPOCH_GRAD]
+        self.of_step = [h for h in hooks if h.needs & Needs.PREVIOUS_GRAD]
+        self.sum: Params | None = None
+        self.steps = 0  # in the sum
+        self.last: Params | None = None
+        self.last_step: int | None = None
+
+    def before_step(self, view: HookState) -> None:
+        "Show the gradient of the step before, if it was kept."
+        here = self.last_step == view.step - 1
+        view.previous_grad = moved(self.last, view.device) if here else None
+
+    def add(self, view: HookState) -> None:
+        "Add this step's gradient to the epoch's; after its last step, show the mean."
+        if not any(self.calendar.due_epoch(h, view.epoch) for h in self.of_epoch):
+            return
+        found, self.steps = view.unclipped(), self.steps + 1
+        for name, g in (self.sum or {}).items():
+            found[name] += g
+        self.sum = found
+        if view.batches.at_start:
+            view.epoch_grad = {name: g / self.steps for name, g in found.items()}
+
+    def end_epoch(self, view: HookState) -> None:
+        view.epoch_grad, self.sum, self.steps = None, None, 0
+
+    def after_step(self, view: HookState) -> None:
+        "Keep this step's gradient, if it will be asked for at the next."
+        due = any(self.calendar.due_next(h, view.train_state) for h in self.of_step)
+        self.last_step = view.step if due else None
+        self.last = view.unclipped() if due else None
+        if self.offload:
+            self.last = moved(self.last, "cpu")
+
+    def state_dict(self) -> dict:
+        return {
+            "sum": self.sum,
+            "steps": self.steps,
+            "last": self.last,
+            "last_step": self.last_step,
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        for name, value in saved.items():
+            setattr(self, name, value)
+
+# %% ../../nbs/hooks/01_framework.ipynb #d9ccee64
 MOST_PENDING = 4096  # rows kept on the device
 
 
+class Rows:
+    "Collects what hooks return, and hands it to the run folder and the sinks."
+
+    def __init__(self, columns: dict[str, list[str]], sinks: list = ()):
+        self.columns, self.sinks = columns, list(sinks)
+        self.folder: RunFolder | None = None
+        self.pending: list[tuple[str, dict]] = []
+        self.newest: dict[str, dict] = {}  # the last of them by hook
+        self.memory: dict[str, list[dict]] = {}  # all of them, without a folder
+        self.problems: Counter = Counter()  # (hook, what) → how often
+
+    def report(self, hook: str, what: str, said: str) -> None:
+        "Say a problem when it comes for the first time, and count it."
+        if not self.problems[hook, what]:
+            warnings.warn(f"{said}. The run goes on; this is said once", stacklevel=2)
+        self.problems[hook, what] += 1
+
+    def take(self, hook: Hook, point: str, state: TrainState, result) -> None:
+        "Keep what a hook returned."
+        name, where = hook.name, said_at(hook, point, state)
+        if not isinstance(result, dict):
+            kind = type(result).__name__
+            self.report(name, "returned", f"{where}: it returned a {kind}, not a dict")
+            return
+        values = {}
+        for metric, value in result.items():
+            number, wrong = as_number(value)
+            if metric not in self.columns[name]:
+                declared = ", ".join(self.columns[name][:20])
+                wrong = f"is not declared; {name} has {declared or 'no metrics'}"
+            if wrong:
+                self.report(name, str(metric), f"{where}: {metric} {wrong}")
+            else:
+                values[metric] = number
+        if values:
+            self.add(name, point, state, values)
+
+    def add(self, name: str, point: str, state: TrainState, values: dict) -> None:
+        "A row of its own, or part of the row of this step."
+        row = self.newest.get(name)
+        same = row is not None and row["step"] == state.step
+        if same and point in (POST_EPOCH, SNAPSHOT) and not row.keys() & values.keys():
+            row.update(values)
+            return
+        self.newest[name] = {"epoch": state.epoch, "step": state.step, **values}
+        self.pending.append((name, self.newest[name]))
+        if len(self.pending) % MOST_PENDING == 0:
+            self.settle()
+
+    def settle(self) -> None:
+        "Bring the numbers to the host, in one transfer for each kind."
+        waiting = {}
+        for _, row in self.pending:
+            for metric, value in row.items():
+                if isinstance(value, Tensor):
+                    kind = value.device, value.dtype
+                    waiting.setdefault(kind, []).append((row, metric, value))
+        for group in waiting.values():
+            numbers = torch.stack([value for *_, value in group]).tolist()
+            for (row, metric, _), number in zip(group, numbers):
+                row[metric] = float(number)
+        for name, row in self.pending:
+            for metric in [m for m, v in row.items() if not math.isfinite(v)]:
+                value = row.pop(metric)
+                said = f"hook {name}, step {row['step']}: {metric} is {value}, and is left out"
+                self.report(name, f"{metric} not finite", said)
+
+    def flush(self) -> None:
+        "Hand over all rows."
+        self.settle()
+        rows, self.pending, self.newest = self.pending, [], {}
+        by_hook = {}
+        for name, row in rows:
+            order = ("epoch", "step", *self.columns[name])
+            ordered = {column: row[column] for column in order if column in row}
+            by_hook.setdefault(name, []).append(ordered)
+        for name, found in by_hook.items():
+            memory = self.memory.setdefault(name, [])
+            table = (
+                memory if self.folder is None else self.folder.table(f"hooks/{name}")
+            )
+            for row in found:
+                table.append(row)
+        for sink in self.sinks:
+            for name, found in by_hook.items():
+                sink.write(name, found)
+
+    def table(self, name: str) -> pd.DataFrame:
+        "All rows of a hook so far."
+        self.flush()
+        if self.folder is not None:
+            return self.folder.table(f"hooks/{name}").read()
+        return pd.DataFrame(self.memory.get(name, []))
+
+# %% ../../nbs/hooks/01_framework.ipynb #12d57fc3
+def as_number(value) -> tuple[Tensor | float | None, str]:
+    "A number, or a scalar tensor of its own; and what is wrong with it, if anything."
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            return None, f"is {list(value.shape)} {value.dtype}, not a real scalar"
+        return value.detach().reshape(()).clone(), ""
+    if isinstance(value, (bool, int, float, np.integer, np.floating, np.bool_)):
+        return float(value), ""
+    return None, f"is a {type(value).__name__}, not a number"
+
+# %% ../../nbs/hooks/01_framework.ipynb #426e87f3
 class Hooks:
     "The hooks of one run: what `Trainer(config, hooks=…)` takes."
 
@@ -370,81 +564,45 @@ class Hooks:
         profile: bool = False,  # measure wall time; waits for the device at each call
         offload: bool = False,  # keep what hooks remember on the CPU
     ):
-        self.hooks, self.sinks, self.wanted = list(hooks), list(sinks), reference
-        self.on_error, self.profiled, self.offload = on_error, profile, offload
         if on_error not in ("stop", "skip"):
             raise ConfigError("must be one of stop, skip", "on_error", on_error)
-        names = [hook.name for hook in self.hooks]
-        for hook in self.hooks:
-            if not points_of(hook):
-                reason = f"has none of the methods {', '.join(POINTS)}"
-                raise ConfigError(f"hook {hook.name} {reason}, so it would never fire")
-            if names.count(hook.name) > 1:
-                raise ConfigError(f"two hooks are called {hook.name}")
-        self.view: HookState | None = None
+        check_hooks(hooks)
+        self.hooks, self.sinks, self.wanted = list(hooks), list(sinks), reference
+        self.on_error, self.profiled, self.offload = on_error, profile, offload
         self.fresh = [copy.deepcopy(vars(hook)) for hook in self.hooks]
+        self.view: HookState | None = None
 
-    def begin(self) -> None:
-        "As new, whatever was watched before."
+    def check(self, config: Config | None, state: TrainState, root=None) -> None:
+        "Begin as new, for a run. Raises `ConfigError` when a hook can't work on it."
         for hook, fresh in zip(self.hooks, self.fresh):
             vars(hook).clear()
             vars(hook).update(copy.deepcopy(fresh))
-        self.config: Config | None = None
-        self.folder: RunFolder | None = None
-        self.columns: dict[str, list[str]] = {}
-        self.epoch_sum, self.epoch_steps = None, 0
-        self.previous, self.previous_step = None, None
-        self.rows: list[tuple[str, dict]] = []  # not written yet
-        self.newest: dict[str, dict] = {}  # the last of them by hook
-        self.written: dict[str, list[dict]] = {}  # without a folder
-        self.due: dict[str, bool] = {}  # at the step at hand
-        self.problems: Counter = Counter()  # (hook, what) → how often
-        self.seconds: dict[tuple[str, str], list[float]] = {}
-
-    def check(self, config: Config | None, state: TrainState, root=None) -> None:
-        "Prepare for a run. Raises `ConfigError` when a hook can't work on it."
-        self.begin()
-        self.config = config
-        self.view = HookState(state, 0 if config is None else config.seed)
-        if self.wanted is not None:
-            self.view.reference = load_reference(self.wanted, root, state)
-        names = [*self.view.trained()]
-        for hook in self.hooks:
             if config is not None and (reason := never_fires(hook, config)):
                 raise ConfigError(f"hook {hook.name} {reason}")
-            self.columns[hook.name] = [
-                column for metric in self.present(hook) for column in metric.columns(names)
-            ]  # fmt: skip
+        view = self.view = HookState(state, 0 if config is None else config.seed)
+        if self.wanted is not None:
+            view.reference = load_reference(self.wanted, root, state)
+        names, self.calendar = [*view.trained()], Calendar(config)
+        self.kept = Kept(self.hooks, self.calendar, self.offload)
+        self.metrics = {
+            hook.name: present(hook, view.reference is not None) for hook in self.hooks
+        }
+        columns = {
+            name: [column for metric in metrics for column in metric.columns(names)]
+            for name, metrics in self.metrics.items()
+        }
+        self.rows = Rows(columns, self.sinks)
+        self.due: set[str] = set()  # at the step at hand
+        self.seconds: dict[tuple[str, str], list[float]] = {}
 
-    def present(self, hook) -> list[Metric]:
-        "The metrics a hook has in this run, given its options and the reference."
-        options = {"": True, "reference": self.view.reference is not None}
-        return [
-            metric
-            for metric in hook.metrics
-            if options.get(metric.only_with, getattr(hook, metric.only_with, False))
-        ]
-
-    def log_point(self, unit: str, n: int) -> bool:
-        "Whether the run logs at this epoch or step."
-        c = self.config
-        if c is None or c.unit != unit:
-            return unit == "epoch" and c is None
-        return n % c.log_every == 0 or n == c.last
-
-    def is_due(self, hook, point: str, state: TrainState) -> bool:
-        "Whether a hook fires now."
-        if point in (PRE_STEP, POST_STEP):
-            return self.due[hook.name]
-        if point == SNAPSHOT:
-            return hook.in_window(state.epoch)
-        return self.due_epoch(hook, state.epoch)
-
-    def due_epoch(self, hook, epoch: int) -> bool:
-        return hook.due_epoch(epoch, lambda n: self.log_point("epoch", n))
-
-    def due_step(self, hook, step: int, epoch: int) -> bool:
-        return hook.due_step(step, epoch, lambda n: self.log_point("step", n))
+    def open(self, folder: RunFolder) -> None:
+        "Begin to write into a run folder."
+        self.rows.folder, self.calendar.config = folder, folder.config
+        for hook in self.hooks:
+            told = declaration(hook, self.metrics[hook.name], [*self.view.trained()])
+            folder.table(f"hooks/{hook.name}", {"lal.hook": json.dumps(told)})
+        for sink in self.sinks:
+            sink.open(folder, self.rows.columns)
 
     def fire(self, point: str, state: TrainState) -> None:
         "Call every hook that is due. Raises `HookError`."
@@ -453,67 +611,48 @@ class Hooks:
         if point == PRE_STEP:
             self.begin_step(state)
         if point == POST_STEP:
-            self.add_to_epoch(state)
+            self.kept.add(self.view)
         for hook in self.hooks:
             if hasattr(hook, point) and self.is_due(hook, point, state):
                 self.call(hook, point, state)
         if point == POST_STEP:
-            self.keep_gradient(state)
+            self.kept.after_step(self.view)
         if point == POST_EPOCH:
-            self.view.epoch_grad, self.epoch_sum, self.epoch_steps = None, None, 0
+            self.kept.end_epoch(self.view)
 
     def begin_step(self, state: TrainState) -> None:
-        "What is due at this step, and the batch with the generators' states if an intervention is."
-        view, self.due = self.view, {}
-        for hook in self.hooks:
-            at_step = hasattr(hook, PRE_STEP) or hasattr(hook, POST_STEP)
-            due = at_step and self.due_step(hook, state.step, state.epoch)
-            self.due[hook.name] = due
-        lends = any(self.due[h.name] and h.kind != "observer" for h in self.hooks)
-        view.batch = Batch(*state.batch, rng_states(state.device) if lends else None)
-        kept = self.previous_step == state.step - 1
-        view.previous_grad = moved(self.previous, state.device) if kept else None
+        "What is due at this step, and its batch, with the generators' states if an intervention is."
+        step, epoch = state.step, state.epoch
+        due = [h for h in self.hooks if self.calendar.due_step(h, step, epoch)]
+        lends = any(hook.kind != "observer" for hook in due)
+        self.due = {hook.name for hook in due}
+        self.view.batch = Batch(
+            *state.batch, rng_states(state.device) if lends else None
+        )
+        self.kept.before_step(self.view)
 
-    def add_to_epoch(self, state: TrainState) -> None:
-        "Sum up the epoch's gradients, if a hook needs them; after its last step their mean is there."
-        by_steps = self.config is not None and self.config.unit == "step"
-        wanting = [h for h in self.hooks if h.needs & Needs.EPOCH_GRAD]
-        if by_steps or not any(self.due_epoch(h, state.epoch) for h in wanting):
-            return
-        found, self.epoch_steps = self.view.unclipped(), self.epoch_steps + 1
-        if self.epoch_sum is None:
-            self.epoch_sum = found
-        else:
-            for name, g in found.items():
-                self.epoch_sum[name] += g
-        if state.batches.at_start:
-            n = self.epoch_steps
-            self.view.epoch_grad = {k: g / n for k, g in self.epoch_sum.items()}
+    def is_due(self, hook: Hook, point: str, state: TrainState) -> bool:
+        "Whether a hook fires now."
+        if point in (PRE_STEP, POST_STEP):
+            return hook.name in self.due
+        if point == SNAPSHOT:
+            return hook.in_window(state.epoch)
+        return self.calendar.due_epoch(hook, state.epoch)
 
-    def keep_gradient(self, state: TrainState) -> None:
-        "Keep this step's gradient, if a hook that needs it is due at the next one."
-        by_epochs = self.config is None or self.config.unit == "epoch"
-        epoch = state.epoch + (by_epochs and state.batches.at_start)
-        wanting = [h for h in self.hooks if h.needs & Needs.PREVIOUS_GRAD]
-        due = any(self.due_step(h, state.step + 1, epoch) for h in wanting)
-        found = self.view.unclipped() if due else None
-        self.previous = moved(found, "cpu") if self.offload else found
-        self.previous_step = state.step if due else None
-
-    def call(self, hook, point: str, state: TrainState) -> None:
+    def call(self, hook: Hook, point: str, state: TrainState) -> None:
         "Call one hook, and see that it has changed nothing."
         whole, problem, result = hook.kind != "observer", None, None
-        before, view = marks(state, whole), self.view
+        before = marks(state, whole)
         if self.offload:
-            self.move(hook, state.device)
+            move(hook, state.device)
         with generators_kept(state.device, whole):
             try:
                 with self.timed(hook, point, state) if self.profiled else nullcontext():
-                    result = getattr(hook, point)(view)
+                    result = getattr(hook, point)(self.view)
             except Exception as error:
                 problem = error
         if self.offload:
-            self.move(hook, "cpu")
+            move(hook, "cpu")
         after = marks(state, whole)
         if changed := [thing for thing, mark in before.items() if after[thing] != mark]:
             reason = f"changed {', '.join(changed)}: a hook may not touch training"
@@ -521,15 +660,10 @@ class Hooks:
         if problem is not None:
             self.failed(hook, point, state, problem)
         elif result is not None:
-            self.take(hook, point, state, result)
-
-    def move(self, hook, device) -> None:
-        "What a hook remembers, to another device."
-        for name, value in remembered(hook).items():
-            setattr(hook, name, moved(value, device))
+            self.rows.take(hook, point, state, result)
 
     @contextmanager
-    def timed(self, hook, point: str, state: TrainState):
+    def timed(self, hook: Hook, point: str, state: TrainState):
         "Add the block's wall time to the profile."
         wait = torch.cuda.synchronize if state.device.type == "cuda" else nullcontext
         wait()
@@ -539,7 +673,9 @@ class Hooks:
         spent = time.perf_counter() - began
         self.seconds.setdefault((hook.name, point), []).append(spent)
 
-    def failed(self, hook, point: str, state: TrainState, error: Exception) -> None:
+    def failed(
+        self, hook: Hook, point: str, state: TrainState, error: Exception
+    ) -> None:
         "Stop or go on, as `on_error` says."
         if diverged(state):
             return
@@ -548,112 +684,25 @@ class Hooks:
         if self.on_error == "stop":
             way_out = "with on_error = skip the run goes on without it"
             raise HookError(f"{said} ({way_out})") from error
-        self.report(hook.name, "raised", f"{said}; skipped")
-
-    def report(self, hook: str, what: str, said: str) -> None:
-        "Say a problem when it comes for the first time, and count it."
-        if not self.problems[hook, what]:
-            warnings.warn(f"{said}. The run goes on; this is said once", stacklevel=2)
-        self.problems[hook, what] += 1
-
-    def take(self, hook, point: str, state: TrainState, result) -> None:
-        "Keep what a hook returned, as a row or with the row of this step."
-        name, where = hook.name, said_at(hook, point, state)
-        if not isinstance(result, dict):
-            kind = type(result).__name__
-            self.report(name, "returned", f"{where}: it returned a {kind}, not a dict")
-            return
-        values = {}
-        for metric, value in result.items():
-            if value is None:
-                continue
-            number, wrong = as_number(value)
-            if metric not in self.columns[name]:
-                wrong = (
-                    f"is not declared; {name} has {', '.join(self.columns[name][:20])}"
-                )
-            if wrong:
-                self.report(name, str(metric), f"{where}: {metric} {wrong}")
-            else:
-                values[metric] = number
-        row = self.newest.get(name)
-        joins = point in (POST_EPOCH, SNAPSHOT) and row and row["step"] == state.step
-        if joins and not row.keys() & values.keys():
-            row.update(values)
-        elif values:
-            row = {"epoch": state.epoch, "step": state.step, **values}
-            self.rows.append((name, row))
-            self.newest[name] = row
-        if self.rows and len(self.rows) % MOST_PENDING == 0:
-            self.settle()
-
-    def settle(self) -> None:
-        "Bring the numbers to the host, in one transfer for each kind; what is not finite is reported and left out."
-        waiting = {}
-        for name, row in self.rows:
-            for metric, value in row.items():
-                if isinstance(value, Tensor):
-                    kind = value.device, value.dtype
-                    waiting.setdefault(kind, []).append((row, metric, value))
-        for group in waiting.values():
-            numbers = torch.stack([value for *_, value in group]).tolist()
-            for (row, metric, _), number in zip(group, numbers):
-                row[metric] = float(number)
-        for name, row in self.rows:
-            for metric in [m for m, v in row.items() if not math.isfinite(v)]:
-                said = f"hook {name}, step {row['step']}: {metric} is {row.pop(metric)}, and is left out"
-                self.report(name, f"{metric} not finite", said)
+        self.rows.report(hook.name, "raised", f"{said}; skipped")
 
     def flush(self) -> None:
-        "Hand all rows to the run folder (or keep them, where there is none) and to the sinks."
-        self.settle()
-        rows, self.rows, self.newest = self.rows, [], {}
-        by_hook = {}
-        for name, row in rows:
-            order = ("epoch", "step", *self.columns[name])
-            row = {column: row[column] for column in order if column in row}
-            by_hook.setdefault(name, []).append(row)
-        for name, found in by_hook.items():
-            keep = self.written.setdefault(name, []).append
-            keep = (
-                keep
-                if self.folder is None
-                else self.folder.table(f"hooks/{name}").append
-            )
-            for row in found:
-                keep(row)
-        for sink in self.sinks:
-            for name, found in by_hook.items():
-                sink.write(name, found)
+        "Hand over what still lies on the device."
+        self.rows.flush()
 
     def table(self, name: str) -> pd.DataFrame:
         "All rows of a hook so far."
-        self.flush()
-        if self.folder is not None:
-            return self.folder.table(f"hooks/{name}").read()
-        return pd.DataFrame(self.written.get(name, []))
+        return self.rows.table(name)
 
-    def open(self, folder: RunFolder) -> None:
-        "Begin to write into a run folder."
-        self.folder, self.config = folder, folder.config
-        for hook in self.hooks:
-            told = json.dumps(
-                declaration(hook, self.present(hook), [*self.view.trained()])
-            )
-            folder.table(f"hooks/{hook.name}", {"lal.hook": told})
-        for sink in self.sinks:
-            sink.open(folder, self.columns)
+    @property
+    def problems(self) -> Counter:
+        "How often which hook did what it should not: `{(hook, what): times}`."
+        return self.rows.problems
 
     def state_dict(self) -> dict:
-        "What all hooks remember, and what is kept for them."
-        return {
-            "hooks": {
-                hook.name: plain(remembered(hook), f"hook {hook.name}: ")
-                for hook in self.hooks
-            },
-            "previous": (self.previous_step, self.previous),
-            "epoch": (self.epoch_steps, self.epoch_sum),
-        }
+        "What all hooks remember, and what is kept for them. Raises `HookError`."
+        memory = {h.name: plain(remembered(h), f"hook {h.name}: ") for h in self.hooks}
+        return {"hooks": memory, "kept": self.kept.state_dict()}
 
     def load_state_dict(self, saved: dict) -> None:
         "Go on from what `state_dict` gave. Raises `ConfigError` when it was given by other hooks."
@@ -663,10 +712,10 @@ class Hooks:
             reason = f"the run was watched by {theirs}, and is to go on with {ours}: give it the hooks it had"
             raise ConfigError(reason)
         for hook in self.hooks:
-            for name, value in saved["hooks"][hook.name].items():
-                setattr(hook, name, moved(value, "cpu") if self.offload else value)
-        self.previous_step, self.previous = saved["previous"]
-        self.epoch_steps, self.epoch_sum = saved["epoch"]
+            vars(hook).update(saved["hooks"][hook.name])
+            if self.offload:
+                move(hook, "cpu")
+        self.kept.load_state_dict(saved["kept"])
 
     def profile(self) -> pd.DataFrame:
         "Wall time by hook and point: firings, milliseconds for one (median), seconds in all."
@@ -678,8 +727,34 @@ class Hooks:
 
     def sizes(self) -> dict[str, int]:
         "Bytes that each hook remembers now, and what is kept for all of them."
-        kept = {hook.name: size_of(remembered(hook)) for hook in self.hooks}
-        return kept | {"kept for hooks": size_of([self.previous, self.epoch_sum])}
+        sizes = {hook.name: size_of(remembered(hook)) for hook in self.hooks}
+        return sizes | {"kept for hooks": size_of(self.kept.state_dict())}
+
+# %% ../../nbs/hooks/01_framework.ipynb #073b7229
+def check_hooks(hooks: list) -> None:
+    "Raise `ConfigError` unless each can fire, and has a name of its own."
+    names = [hook.name for hook in hooks]
+    for hook in hooks:
+        if not points_of(hook):
+            reason = f"has none of the methods {', '.join(POINTS)}"
+            raise ConfigError(f"hook {hook.name} {reason}, so it would never fire")
+        if names.count(hook.name) > 1:
+            raise ConfigError(f"two hooks are called {hook.name}")
+
+# %% ../../nbs/hooks/01_framework.ipynb #c70a7657
+def present(hook: Hook, reference: bool) -> list[Metric]:
+    "The metrics that a hook has, given its options and whether there is a reference."
+
+    def there(what: str) -> bool:
+        return reference if what == "reference" else bool(getattr(hook, what))
+
+    return [m for m in hook.metrics if not m.only_with or there(m.only_with)]
+
+# %% ../../nbs/hooks/01_framework.ipynb #35d34fea
+def move(hook: Hook, device: str | torch.device) -> None:
+    "Move what a hook remembers to another device."
+    for name, value in remembered(hook).items():
+        setattr(hook, name, moved(value, device))
 
 # %% ../../nbs/hooks/01_framework.ipynb #21a43f31
 def remembered(hook) -> dict:
@@ -708,17 +783,6 @@ def diverged(state: TrainState) -> bool:
     if state.loss is not None and not torch.isfinite(state.loss):
         return True
     return not all(torch.isfinite(p).all() for p in state.model.parameters())
-
-# %% ../../nbs/hooks/01_framework.ipynb #12d57fc3
-def as_number(value) -> tuple[Tensor | float | None, str]:
-    "A number, or a scalar tensor of its own; and what is wrong with it, if anything."
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex():
-            return None, f"is {list(value.shape)} {value.dtype}, not a real scalar"
-        return value.detach().reshape(()).clone(), ""
-    if isinstance(value, (bool, int, float, np.integer, np.floating, np.bool_)):
-        return float(value), ""
-    return None, f"is a {type(value).__name__}, not a number"
 
 # %% ../../nbs/hooks/01_framework.ipynb #75b29d08
 def declaration(hook, metrics: list[Metric], parameters: list[str]) -> dict:
