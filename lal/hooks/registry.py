@@ -105,7 +105,7 @@ def check_options(name: str, given, config: Config) -> None:
             f"{name} needs a mapping of options, as in {{{name}: {{option: value}}}}"
         )
         raise ConfigError(reason, "hook_options", config.hook_options)
-    REGISTRY[name](**given)
+    REGISTRY[name](**{str(option): value for option, value in given.items()})
 
 # %% ../../nbs/hooks/07_registry.ipynb #c953fd43
 def hook_problems(config: Config) -> Iterator[tuple]:

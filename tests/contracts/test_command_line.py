@@ -1,5 +1,5 @@
 "The command line, used as a person would use it: in its own process, in an empty folder."
-import json, os, signal, subprocess, sys, time
+import fcntl, json, os, pty, re, signal, struct, subprocess, sys, termios, time
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -47,6 +47,15 @@ def test_a_wrong_configuration_is_one_line_exit_2_and_no_run_folder(case, tmp_pa
     (("train", "quikstart"), "did you mean 'quickstart'?"), (("train", "no/such.yaml"), "no/such.yaml"), (("train",), "name one configuration"),
     (("train", "quickstart", "--set", "p"), "key=value"), (("train", "quickstart", "--resume"), "no run to continue"), (("runs",), "there is no such folder"),
     (("train", "quickstart", "--set", "n_heads=7"), "n_heads = 7"), (("configs", "show", "nothing"), "nothing"),
+    (("train", "quickstart", "--hooks", "hesian"), "did you mean 'hessian'?"), (("train", "quickstart", "--hooks", ""), "no hook or set is called ''"),
+    (("train", "quickstart", "--hooks", "none,norms"), "'none' stands alone"), (("train", "quickstart", "--hooks", "full", "--set", "hooks=none"), "give one"),
+    (("train", "quickstart", "--hooks", "minimal", "--hook", "hessian.epsilon=1"), "hessian is not switched on"), (("train", "quickstart", "--hooks", "full", "--hook", "hesian.epsilon=1"), "did you mean 'hessian'?"),
+    (("train", "quickstart", "--hooks", "full", "--hook", "hessian.epsilom=1"), "did you mean 'epsilon'?"), (("train", "quickstart", "--hooks", "full", "--hook", "hessian.epsilon=fast"), "must be a number or null"),
+    (("train", "quickstart", "--hooks", "full", "--hook", "hessian.epsilon=[["), "not valid YAML"), (("train", "quickstart", "--hooks", "full", "--hook", "epsilon=1"), "name.option=value"),
+    (("train", "quickstart", "--hooks", "full", "--hook", "hessian.burst_length=2000"), "every_n_steps"), (("train", "quickstart", "--hooks", "full", "--hook", "minimal.x=1"), "is a set"),
+    (("train", "quickstart", "--hooks", "full", "--set", "reference=nowhere"), "reference = nowhere"), (("train", "quickstart", "--hooks", "none", "--profile"), "--profile"),
+    (("train", "quickstart", "--hooks", "norms", "--set", "steps=50", "--set", "warmup_epochs=0"), "counts steps"),
+    (("hooks", "describe", "hesian"), "did you mean 'hessian'?"), (("hooks", "describe", "full"), "is a set"),
 ])
 def test_wrong_usage_is_one_line_and_exit_2(words, named, tmp_path):
     done = lal(*words, cwd=tmp_path, expect=2)
@@ -121,6 +130,115 @@ def test_a_failed_run_is_exit_1_and_says_why(tmp_path):
 
 
 def test_help_is_a_page_to_start_from(tmp_path):
-    for words in (("--help",), ("train", "--help"), ("configs", "--help"), ("runs", "--help"), ("doctor",), ("configs",), ("configs", "--keys"), ("configs", "show", "quickstart")):
+    for words in (("--help",), ("train", "--help"), ("configs", "--help"), ("hooks", "--help"), ("runs", "--help"), ("hooks",), ("hooks", "describe", "hessian"), ("doctor",), ("configs",), ("configs", "--keys"), ("configs", "show", "quickstart")):
         assert len(lal(*words, cwd=tmp_path).stdout) > 200
     assert "lal train quickstart" in lal("--help", cwd=tmp_path).stdout
+
+
+WATCHED = (*SMALL, "--set", "epochs=24", "--set", "log_every=4", "--hooks", "norms,hessian", "--hook", "hessian.every_n_steps=20", "--hook", "hessian.burst_length=4")
+
+
+def test_a_watched_run_leaves_a_table_for_each_hook_and_goes_on_as_it_began(tmp_path):
+    done = lal("train", "quickstart", *WATCHED, "--name", "x", "--profile", cwd=tmp_path)
+    table = [line.split() for line in done.stdout.splitlines() if line.startswith(("hook ", "hessian ", "norms ", "training_metrics "))]
+    assert table[0][:3] == ["hook", "point", "firings"] and ["hessian", "pre_step", "12"] in [row[:3] for row in table]
+    assert 0 < sum(float(row[-1].rstrip("%")) for row in table[1:]) < 100 and "\x1b" not in done.stdout + done.stderr
+    run = tmp_path / "runs/x"
+    assert sorted(p.name for p in (run / "hooks").iterdir()) == ["hessian.parquet", "norms.parquet", "training_metrics.parquet"]
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    for words, named in ((("--hooks", "full"), "the run has hooks = norms,hessian"), (("--set", "hooks=none"), "the run has hooks = norms,hessian"), (("--hook", "hessian.burst_length=5"), "the run has hessian.burst_length = 4"),
+                         (("--hook", "hessian.epsilon=null"), "the run has hessian.epsilon = 0.0001"), (("--set", "hook_options=null"), "the run has hessian."), (("--hook", "consecutive.from_epoch=0"), "not switched on")):
+        refused = lal("train", "quickstart", "--name", "x", "--set", "seeds=null", "--resume", *words, cwd=tmp_path, expect=2)
+        assert named in refused.stderr and refused.stderr.count("\n") == 1 and refused.stdout == "", refused.stderr
+    assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
+    for words in ((), ("--hooks", "hessian,norms,training_metrics"), ("--set", "hooks=[norms, hessian]"), ("--hook", "hessian.epsilon=1e-4")):
+        assert "finished already" in lal("train", "quickstart", "--name", "x", "--set", "seeds=null", "--resume", *words, cwd=tmp_path).stdout
+    lal("train", "quickstart", "--name", "x", "--set", "seeds=null", "--extra-epochs", "4", cwd=tmp_path)
+    assert pd.read_parquet(run / "hooks/norms.parquet").epoch.tolist() == [4, 8, 12, 16, 20, 24, 28]
+
+
+def test_an_interrupted_watched_run_resumes_with_the_printed_line_and_has_the_same_rows(tmp_path):
+    words = [w.replace("epochs=24", "epochs=400") for w in WATCHED] + ["--set", "checkpoint_every=20"]
+    process = subprocess.Popen([*LAL, "train", "quickstart", *words, "--name", "x"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "runs/x/checkpoints/20.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--hooks norms,hessian --hook hessian.every_n_steps=20 --hook hessian.burst_length=4" in err, err
+    lal(*err.split("Continue with:  ")[1].splitlines()[0].split()[1:], cwd=tmp_path)
+    lal("train", "quickstart", *words, "--name", "y", cwd=tmp_path)
+    for table in ("history", "hooks/norms", "hooks/hessian", "hooks/training_metrics"):
+        one, two = (pd.read_parquet(tmp_path / f"runs/{name}/{table}.parquet") for name in "xy")
+        pd.testing.assert_frame_equal(one, two, check_exact=True)
+
+
+def test_other_hooks_than_the_file_has_leave_its_options_behind(tmp_path):
+    (tmp_path / "my.yaml").write_text("p: 7\nepochs: 3\ndevice: cpu\nhooks: [norms, hessian]\nhook_options: {hessian: {epsilon: 1e-3}, norms: {every_n_epochs: 2}}\n")
+    lal("train", "my.yaml", "--hooks", "none", "--name", "a", cwd=tmp_path)
+    lal("train", "my.yaml", "--hooks", "minimal", "--name", "b", cwd=tmp_path)
+    lal("train", "my.yaml", "--hook", "hessian.check_every=3", "--name", "c", cwd=tmp_path)
+    a, b, c = (load_run(tmp_path / "runs" / name).config for name in "abc")
+    assert a["hook_options"] is None and not (tmp_path / "runs/a/hooks").exists()
+    assert b["hook_options"] == {"norms": {"every_n_epochs": 2}}
+    assert c["hooks"] == ["norms", "hessian"] and c["hook_options"] == {"hessian": {"epsilon": "1e-3", "check_every": 3}, "norms": {"every_n_epochs": 2}}
+
+
+def test_a_reference_that_does_not_fit_is_one_line_and_nothing_is_written(tmp_path):
+    lal("train", "quickstart", *SMALL, "--set", "epochs=12", "--hooks", "none", "--name", "small", cwd=tmp_path)
+    done = lal("train", "quickstart", "--set", "device=cpu", "--hooks", "full", "--set", "reference=small", cwd=tmp_path, expect=2)
+    assert "tokens.weight is [49, 64] in the model and [13, 64] in the reference" in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(p.name for p in (tmp_path / "runs").glob("[!.]*")) == ["small", "small.html"]
+
+
+BREAKS = """
+from lal.app.cli import main
+from lal.hooks.norms import Norms
+
+def breaks(self, state):
+    raise ValueError("it broke")
+
+Norms.post_epoch = breaks
+main()
+"""
+
+
+def test_a_hook_that_raises_is_one_line_and_exit_1_or_counted(tmp_path):
+    words = ["train", "quickstart", *SMALL, "--set", "epochs=12", "--set", "log_every=4", "--hooks", "norms"]
+    broken = lambda *more: subprocess.run([sys.executable, "-c", BREAKS, *words, *more], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = broken("--name", "x")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("lal: hook norms, step ") and "it broke" in last and "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "runs/x/summary.json").read_text())["status"] == "failed"
+    done = broken("--name", "y", "--set", "on_error=skip")
+    assert done.returncode == 0 and done.stderr.count("it broke") == 1 and "lal: hook norms: raised, 3 times\n" in done.stderr, done.stderr
+
+
+def in_a_terminal(*words, cwd, columns=80):
+    "What a terminal of so many columns shows."
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")} | {"TERM": "xterm-256color"}
+    process = subprocess.Popen([*LAL, *words], cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 65536): shown += chunk
+    except OSError: pass                               # the other end is closed
+    assert process.wait(timeout=60) == 0, shown
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r", "")
+
+
+def test_a_hook_is_described_in_80_columns_and_in_a_pipe_in_a_line_each(tmp_path):
+    from lal.hooks.registry import HOOKS
+    for words in (("hooks",), ("hooks", "describe", "hessian")):
+        lines = in_a_terminal(*words, cwd=tmp_path).splitlines()
+        assert max(map(len, lines)) <= 80 and sum(line.strip() != "" for line in lines) > 15
+    at = next(i for i, line in enumerate(lines) if line.startswith("content_norm "))
+    assert lines[at].split() == ["content_norm", "[0,", "∞)", "‖g_B‖"] and lines[at + 1].strip() == "B's own gradient, at the weights before A"
+    for hook in HOOKS:
+        piped = lal("hooks", "describe", hook.name, cwd=tmp_path).stdout.splitlines()
+        for metric in hook.metrics: assert any(line.startswith(f"{metric.name} ") and metric.meaning in line for line in piped), metric.name
+    listed = lal("hooks", cwd=tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in listed[1 : 1 + len(HOOKS)]] == [hook.name for hook in HOOKS]
