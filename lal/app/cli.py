@@ -549,7 +549,7 @@ def list_hooks(context: typer.Context):
         for name, cls in REGISTRY.items()
     ]
     out.print(_table(("hook", "kind", "fires at", "question"), rows))
-    sets = [(s, what, ", ".join(members(s)) or "-") for s, what in SETS.items()]
+    sets = [(s, what, ", ".join(choose(s)) or "-") for s, what in SETS.items()]
     out.print()
     out.print(_table(("set", "what", "members"), sets))
 
