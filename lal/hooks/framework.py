@@ -317,7 +317,7 @@ def generators_kept(device: torch.device, whole: bool = True):
 class HookError(RuntimeError):
     "A hook raised, or changed training; the message names hook, point and step."
 
-
+# %% ../../nbs/hooks/01_framework.ipynb #d25d4111
 def plain(value, where: str):
     "Nested dicts, lists and tuples of tensors, numbers, strings, bools and `None`; `HookError` naming `where` for anything else."
     if isinstance(value, Tensor):
