@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FOR_STEPS', 'FOR_EPOCHS', 'MOST_PENDING', 'REGISTRY', 'Metric', 'Needs', 'Hook', 'points_of', 'declared_options',
-           'Batch', 'replaying', 'HookState', 'load_reference', 'marks', 'generators_kept', 'HookError', 'plain',
-           'moved', 'size_of', 'Calendar', 'Kept', 'Rows', 'as_number', 'Hooks', 'check_hooks', 'present', 'move',
-           'remembered', 'never_fires', 'said_at', 'diverged', 'declaration', 'question', 'metrics_markdown',
-           'options_markdown', 'said_range', 'said_with', 'register']
+           'Batch', 'replaying', 'HookState', 'load_reference', 'marks', 'sums', 'generators_kept', 'HookError',
+           'plain', 'unplain', 'moved', 'size_of', 'Calendar', 'Kept', 'Rows', 'as_number', 'Hooks', 'as_begun',
+           'check_hooks', 'present', 'move', 'remembered', 'never_fires', 'said_at', 'diverged', 'declaration',
+           'question', 'metrics_markdown', 'options_markdown', 'said_range', 'said_with', 'register']
 
 # %% ../../nbs/hooks/01_framework.ipynb #127dd27c
 import copy, inspect, json, math, random, re, time, warnings
@@ -110,6 +110,9 @@ class Hook:
             except (TypeError, ValueError) as error:
                 raise ConfigError(str(error), f"{self.name}.{name}", value) from None
             setattr(self, name, value)
+        for name in dir(type(self)):  # a list in the class body is each hook's own
+            if type(value := getattr(self, name)) in (list, dict, set):
+                setattr(self, name, copy.deepcopy(value))
 
     def due_step(self, step: int, epoch: int, log_point: Callable) -> bool:
         "Whether it fires at this step; `log_point(step)` tells log points of a run that counts steps."
@@ -180,15 +183,25 @@ def replaying(generators: dict | None, device: torch.device):
 class HookState:
     "What a hook sees: all of the `TrainState`, and the loss as a function."
 
+    batch: Batch | None = None
+    previous_grad: Params | None = None  # with `Needs.PREVIOUS_GRAD`
+    epoch_grad: Params | None = None  # with `Needs.EPOCH_GRAD`
+    reference: Params | None = None  # with `Needs.REFERENCE`
+
     def __init__(self, state: TrainState, seed: int = 0):
-        self.train_state, self.seed = state, seed
-        self.batch: Batch | None = None
-        self.previous_grad: Params | None = None  # with `Needs.PREVIOUS_GRAD`
-        self.epoch_grad: Params | None = None  # with `Needs.EPOCH_GRAD`
-        self.reference: Params | None = None  # with `Needs.REFERENCE`
+        vars(self).update(train_state=state, seed=seed)
 
     def __getattr__(self, name):
+        if name.startswith("__") or name == "train_state":
+            raise AttributeError(name)
         return getattr(self.train_state, name)
+
+    def __setattr__(self, name, value):
+        if not hasattr(type(self), name):
+            raise AttributeError(
+                f"a hook may not set state.{name}: it is training's own"
+            )
+        super().__setattr__(name, value)
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         "The live parameters that train, by name."
@@ -262,7 +275,8 @@ def load_reference(
         check_alike(wanted, ours, ("the model", "the reference"))
     except ValueError as error:
         raise ConfigError(str(error), "reference", said) from None
-    return {n: saved[n].detach().to(p) for n, p in wanted.items() if p.requires_grad}
+    trained = {n: p for n, p in wanted.items() if p.requires_grad}
+    return {n: saved[n].detach().to(p, copy=True) for n, p in trained.items()}
 
 # %% ../../nbs/hooks/01_framework.ipynb #a3f25933
 def _saved_weights(path: Path, said: str) -> Params:
@@ -279,25 +293,42 @@ def _saved_weights(path: Path, said: str) -> Params:
 
 # %% ../../nbs/hooks/01_framework.ipynb #3ecd7559
 def marks(state: TrainState, whole: bool = True) -> dict:
-    "What changes when training is touched: `{thing: mark}`."
-    groups = state.optimizer.param_groups
+    "What changes when training is touched: `{thing: mark}`. With `whole` it waits for the device."
+    groups, batches = state.optimizer.param_groups, state.batches
     weights = [p for group in groups for p in group["params"]]
+    grads = [p.grad for p in weights if p.grad is not None]
     found = {
-        "weights": [p._version for p in weights],
-        "gradients": [None if p.grad is None else (id(p.grad), p.grad._version) for p in weights],
-    }  # fmt: skip
-    if whole:
-        model, moments = state.model, state.optimizer.state.values()
-        tensors = (t for s in moments for t in s.values() if isinstance(t, Tensor))
-        plain = [{k: v for k, v in g.items() if k != "params"} for g in groups]
-        found["parameters of the model"] = [id(p) for p in model.parameters()]
-        found["buffers"] = [(id(b), b._version) for b in model.buffers()]
-        found["the optimizer's state"] = [(id(t), t._version) for t in tensors]
-        found["the optimizer's settings"] = plain
-        found["the model's mode"] = [m.training for m in model.modules()]
-        found["the order of the data"] = state.batches.position, state.batches.passes
-        found["the schedule"] = state.scheduler.last_epoch
+        "weights": [(id(p), p._version) for p in weights],
+        "gradients": [(id(g), g._version) for g in grads],
+        "the data": [(id(t), t._version) for t in (batches.x, batches.y)],
+        "the optimizer's settings": [
+            [v for k, v in group.items() if k != "params"] for group in groups
+        ],
+    }
+    if not whole:
+        return found
+    model, moments = state.model, state.optimizer.state.values()
+    tensors = [t for s in moments for t in s.values() if isinstance(t, Tensor)]
+    named, buffers = list(model.parameters()), list(model.buffers())
+    found["weights"] += [(id(p), p.requires_grad) for p in named] + sums(named)
+    found["gradients"] += sums(grads)
+    found["buffers"] = [id(b) for b in buffers] + sums(buffers)
+    found["the optimizer's state"] = [id(t) for t in tensors] + sums(tensors)
+    found["the model's mode"] = [m.training for m in model.modules()]
+    found["the schedule"] = state.scheduler.last_epoch
+    drawn = [] if batches.rng is None else batches.rng.get_state().tolist()
+    found["the order of the data"] = batches.position, batches.passes, drawn
     return found
+
+# %% ../../nbs/hooks/01_framework.ipynb #5af9f62d
+def sums(tensors: list[Tensor]) -> list[int]:
+    "The sum over the bits of each tensor, read as whole numbers: another one when a single bit changes."
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    by_device = {}
+    for t in tensors:
+        bits = t.detach().view(whole[t.element_size()]).sum(dtype=torch.int64)
+        by_device.setdefault(t.device, []).append(bits)
+    return [n for group in by_device.values() for n in torch.stack(group).tolist()]
 
 # %% ../../nbs/hooks/01_framework.ipynb #bf601931
 @contextmanager
@@ -320,30 +351,44 @@ class HookError(RuntimeError):
 # %% ../../nbs/hooks/01_framework.ipynb #d25d4111
 def plain(value, where: str):
     "Nested dicts, lists and tuples of tensors, numbers, strings, bools and `None`; `HookError` naming `where` for anything else."
-    if isinstance(value, Tensor):
+    kind = type(value).__name__
+    if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter):
         return value.detach()
     if isinstance(value, np.generic):
         return value.item()
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {k: plain(v, f"{where}[{k!r}]") for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        inner = [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
-        return inner if isinstance(value, list) else tuple(inner)
-    reason = f"{where} is a {type(value).__name__}, which has no place in a checkpoint: keep tensors, numbers, strings, lists and dicts, or let its name begin with _"
+    if kind == "Batch":
+        return {"Batch": plain(tuple(value), where)}
+    if type(value) in (list, tuple):
+        inner = (plain(v, f"{where}[{i}]") for i, v in enumerate(value))
+        return type(value)(inner)
+    reason = f"{where} is a {kind}, which has no place in a checkpoint: keep tensors (state.weights() gives copies), numbers, strings, lists and dicts, or let its name begin with _"
     raise HookError(reason)
 
 # %% ../../nbs/hooks/01_framework.ipynb #1349f040
+def unplain(value):
+    "What `plain` was given."
+    if type(value) is dict and value.keys() == {"Batch"}:
+        return Batch(*value["Batch"])
+    if type(value) is dict:
+        return {k: unplain(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(unplain(v) for v in value)
+    return value
+
+# %% ../../nbs/hooks/01_framework.ipynb #5b42c500
 def moved(value, device: str | torch.device):
     "The same with every tensor on `device`."
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {k: moved(v, device) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(v, device) for v in value))
-    if isinstance(value, (list, tuple)):
+    if type(value).__name__ == "Batch":
+        return type(value)(*moved(tuple(value), device))
+    if type(value) in (list, tuple):
         return type(value)(moved(v, device) for v in value)
     return value
 
@@ -400,6 +445,7 @@ class Kept:
         self.of_step = [h for h in hooks if h.needs & Needs.PREVIOUS_GRAD]
         self.sum: Params | None = None
         self.steps = 0  # in the sum
+        self.seen = 0  # steps of this epoch
         self.last: Params | None = None
         self.last_step: int | None = None
 
@@ -410,7 +456,9 @@ class Kept:
 
     def add(self, view: HookState) -> None:
         "Add this step's gradient to the epoch's; after its last step, show the mean."
-        if not any(self.calendar.due_epoch(h, view.epoch) for h in self.of_epoch):
+        self.seen += 1
+        due = any(self.calendar.due_epoch(h, view.epoch) for h in self.of_epoch)
+        if not due or self.steps + 1 != self.seen:  # part of an epoch has no mean
             return
         found, self.steps = view.unclipped(), self.steps + 1
         for name, g in (self.sum or {}).items():
@@ -420,7 +468,7 @@ class Kept:
             view.epoch_grad = {name: g / self.steps for name, g in found.items()}
 
     def end_epoch(self, view: HookState) -> None:
-        view.epoch_grad, self.sum, self.steps = None, None, 0
+        view.epoch_grad, self.sum, self.steps, self.seen = None, None, 0, 0
 
     def after_step(self, view: HookState) -> None:
         "Keep this step's gradient, if it will be asked for at the next."
@@ -434,6 +482,7 @@ class Kept:
         return {
             "sum": self.sum,
             "steps": self.steps,
+            "seen": self.seen,
             "last": self.last,
             "last_step": self.last_step,
         }
@@ -521,7 +570,8 @@ class Rows:
         for name, row in rows:
             order = ("epoch", "step", *self.columns[name])
             ordered = {column: row[column] for column in order if column in row}
-            by_hook.setdefault(name, []).append(ordered)
+            if len(ordered) > 2:  # else nothing was a number
+                by_hook.setdefault(name, []).append(ordered)
         for name, found in by_hook.items():
             memory = self.memory.setdefault(name, [])
             table = (
@@ -548,7 +598,10 @@ def as_number(value) -> tuple[Tensor | float | None, str]:
             return None, f"is {list(value.shape)} {value.dtype}, not a real scalar"
         return value.detach().reshape(()).clone(), ""
     if isinstance(value, (bool, int, float, np.integer, np.floating, np.bool_)):
-        return float(value), ""
+        try:
+            return float(value), ""
+        except OverflowError:
+            return None, "is too large for a number"
     return None, f"is a {type(value).__name__}, not a number"
 
 # %% ../../nbs/hooks/01_framework.ipynb #426e87f3
@@ -569,7 +622,7 @@ class Hooks:
         check_hooks(hooks)
         self.hooks, self.sinks, self.wanted = list(hooks), list(sinks), reference
         self.on_error, self.profiled, self.offload = on_error, profile, offload
-        self.fresh = [copy.deepcopy(vars(hook)) for hook in self.hooks]
+        self.fresh = [as_begun(hook) for hook in self.hooks]
         self.view: HookState | None = None
 
     def check(self, config: Config | None, state: TrainState, root=None) -> None:
@@ -593,6 +646,7 @@ class Hooks:
         }
         self.rows = Rows(columns, self.sinks)
         self.due: set[str] = set()  # at the step at hand
+        self.looked: set[tuple[str, str]] = set()  # hooks and points called before
         self.seconds: dict[tuple[str, str], list[float]] = {}
 
     def open(self, folder: RunFolder) -> None:
@@ -608,6 +662,11 @@ class Hooks:
         "Call every hook that is due. Raises `HookError`."
         if self.view is None:
             self.check(None, state)
+        if state is not self.view.train_state:
+            reason = (
+                "these hooks watch another training state: make new ones for this one"
+            )
+            raise ConfigError(reason)
         if point == PRE_STEP:
             self.begin_step(state)
         if point == POST_STEP:
@@ -637,12 +696,16 @@ class Hooks:
             return hook.name in self.due
         if point == SNAPSHOT:
             return hook.in_window(state.epoch)
+        if point == POST_EPOCH and hook.needs & Needs.EPOCH_GRAD:
+            if self.view.epoch_grad is None:
+                return False
         return self.calendar.due_epoch(hook, state.epoch)
 
     def call(self, hook: Hook, point: str, state: TrainState) -> None:
         "Call one hook, and see that it has changed nothing."
-        whole, problem, result = hook.kind != "observer", None, None
-        before = marks(state, whole)
+        whole = hook.kind != "observer" or (hook.name, point) not in self.looked
+        self.looked.add((hook.name, point))
+        before, problem, result = marks(state, whole), None, None
         if self.offload:
             move(hook, state.device)
         with generators_kept(state.device, whole):
@@ -712,7 +775,7 @@ class Hooks:
             reason = f"the run was watched by {theirs}, and is to go on with {ours}: give it the hooks it had"
             raise ConfigError(reason)
         for hook in self.hooks:
-            vars(hook).update(saved["hooks"][hook.name])
+            vars(hook).update(unplain(saved["hooks"][hook.name]))
             if self.offload:
                 move(hook, "cpu")
         self.kept.load_state_dict(saved["kept"])
@@ -731,8 +794,18 @@ class Hooks:
         return sizes | {"kept for hooks": size_of(self.kept.state_dict())}
 
 # %% ../../nbs/hooks/01_framework.ipynb #073b7229
+def as_begun(hook: Hook) -> dict:
+    "A copy of a hook's attributes. Raises `ConfigError` when one can't be copied."
+    try:
+        return copy.deepcopy(vars(hook))
+    except TypeError as error:
+        raise ConfigError(
+            f"hook {hook.name} holds what can't be copied: {error}"
+        ) from None
+
+# %% ../../nbs/hooks/01_framework.ipynb #63320157
 def check_hooks(hooks: list) -> None:
-    "Raise `ConfigError` unless each can fire, and has a name of its own."
+    "Raise `ConfigError` unless each can fire, has a name of its own, and metrics that rows can hold."
     names = [hook.name for hook in hooks]
     for hook in hooks:
         if not points_of(hook):
@@ -740,6 +813,9 @@ def check_hooks(hooks: list) -> None:
             raise ConfigError(f"hook {hook.name} {reason}, so it would never fire")
         if names.count(hook.name) > 1:
             raise ConfigError(f"two hooks are called {hook.name}")
+        if taken := {"epoch", "step"} & {m.name for m in hook.metrics}:
+            reason = f"hook {hook.name}: no metric may be called {taken.pop()}: every row has it"
+            raise ConfigError(reason)
 
 # %% ../../nbs/hooks/01_framework.ipynb #c70a7657
 def present(hook: Hook, reference: bool) -> list[Metric]:

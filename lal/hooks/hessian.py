@@ -39,7 +39,7 @@ METRICS = (
     Metric("content_norm", r"\|g_B\|", (0, None), "B's own gradient, at the weights before A"),
     Metric("observed_grad_norm", r"\|g_\text{obs}\|", (0, None), "the gradient that step B used, after clipping"),
     Metric("clip_factor", r"\min(1, c / \|\nabla L_B\|)", (0, 1), "what clipping multiplied it by; 1: not clipped"),
-    Metric("entanglement_energy_ratio", r"\|H_B g_A\|^2 / (\|H_B g_A\|^2 + \|g_B\|^2)", (0, 1), "share of the entanglement in the energy of both, before the learning rate enters. 0: order does not matter to first order"),
+    Metric("entanglement_energy_ratio", r"\|H_B g_A\|^2 / (\|H_B g_A\|^2 + \|g_B\|^2)", (0, 1), "share of the entanglement in the energy of both, before the learning rate enters. 0: the order of A and B does not matter to first order; 1 does not say that it does"),
     Metric("entanglement_content_cossim", r"\cos(H_B g_A,\; g_B)", (-1, 1), "positive: the entanglement shrinks the observed gradient. Negative: it makes it larger"),
     Metric("rayleigh_quotient", r"g_A^\top H_B\, g_A / \|g_A\|^2", (None, None), "curvature of B's loss along A's gradient. Negative: the loss bends downwards there"),
     Metric("amplification_ratio", r"\|H_B g_A\| / \|g_A\|", (0, None), "how much longer the product is than the vector; at most the largest |λ| of H_B"),

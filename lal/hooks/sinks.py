@@ -26,7 +26,8 @@ class Lines:
         for name in columns:
             table = read_table(folder.path / "hooks" / f"{name}.parquet")
             rows = [] if table is None else table.to_dict("records")
-            rows = [{k: v for k, v in row.items() if v == v} for row in rows]
+            order = ("epoch", "step", *columns[name])  # the table's may be another
+            rows = [{k: r[k] for k in order if k in r and r[k] == r[k]} for r in rows]
             text = self.head(name) + self.text(name, rows)
             make_folder(self.path(name).parent)
             write_whole(self.path(name), lambda draft: draft.write_text(text, "utf-8"))
@@ -104,7 +105,7 @@ SINKS = {"jsonl": JsonLines, "csv": Csv, "console": Terminal}
 def create_sinks(names: list[str] | None) -> list:
     "Sinks by name. Raises `ConfigError` for a name that is none."
     for name in names or ():
-        if name not in SINKS:
-            reason = f"no sink is called {name!r}{nearest(name, SINKS) or ';'} there are {', '.join(SINKS)}"
+        if str(name) not in SINKS:
+            reason = f"no sink is called {str(name)!r}{nearest(name, SINKS) or ';'} there are {', '.join(SINKS)}"
             raise ConfigError(reason, "sinks", names)
     return [SINKS[name]() for name in names or ()]
