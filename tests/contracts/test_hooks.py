@@ -680,3 +680,273 @@ def test_what_one_hook_writes_on_the_state_the_next_one_does_not_see():
     except (HookError, AttributeError):
         return  # refused
     assert seen == [1, 2]
+
+
+# 8. Options of all hooks together.
+
+
+@each_unit
+def test_offloading_gives_the_same_rows(unit, straight, tmp_path):
+    config = configure(unit, name=unit, **ALL | dict(offload_hooks=True))
+    fit(config, tmp_path, stop=25)
+    fit(config, tmp_path, resume=True)
+    equal_rows(tmp_path / unit, straight[unit])
+    equal_checkpoints(tmp_path / unit, straight[unit])
+
+
+@each_unit
+def test_one_object_used_for_two_runs_gives_the_rows_of_fresh_ones(unit, straight, tmp_path):
+    config = configure(unit, name=unit, **ALL)
+    hooks = create_hooks(config)
+    fit(with_values(config, name="other", seed=8), tmp_path, hooks, stop=26)
+    fit(config, tmp_path, hooks)
+    equal_rows(tmp_path / unit, straight[unit])
+
+
+def test_a_refused_run_does_not_spoil_the_next_one(straight, tmp_path):
+    config = configure(name="epoch", **ALL)
+    hooks = create_hooks(config)
+    hooks.wanted = {"w": torch.zeros(2)}
+    with pytest.raises(ConfigError): fit(config, tmp_path, hooks)
+    hooks.wanted = None
+    fit(config, tmp_path, hooks)
+    equal_rows(tmp_path / "epoch", straight["epoch"])
+
+
+def test_the_profile_has_a_row_for_each_hook_and_point_and_changes_no_row(straight, tmp_path):
+    config = configure(name="epoch", **ALL | dict(profile_hooks=True))
+    hooks = create_hooks(config)
+    fit(config, tmp_path, hooks)
+    table = hooks.profile().set_index(["hook", "point"])
+    firings = {
+        ("training_metrics", "post_step"): 60, ("training_metrics", "post_epoch"): 3, ("norms", "post_epoch"): 3,
+        ("consecutive", "post_epoch"): 6, ("hessian", "pre_step"): 23, ("hessian", "post_step"): 23,
+    }  # fmt: skip
+    assert table.firings.to_dict() == firings and (table.ms > 0).all() and (table.seconds > 0).all()
+    assert table.ms["hessian", "post_step"] > table.ms["training_metrics", "post_step"]
+    equal_rows(tmp_path / "epoch", straight["epoch"])
+
+
+def test_what_is_remembered_has_a_stated_size(tmp_path):
+    hooks = Hooks([Hessian(every_n_steps=20, burst_length=11), Norms()])
+    fit(configure("epoch", log_every=5), tmp_path, hooks, stop=25)
+    n = 4 * sum(p.numel() for p in hooks.view.model.parameters())
+    sizes = hooks.sizes()
+    assert sizes["norms"] == 0 and 2 * n <= sizes["hessian"] <= 2 * n + 64 and sizes["kept for hooks"] == n
+
+
+# 9. Odd networks, lengths and sizes.
+
+EXACT = dict(hooks="full", log_every=5, hook_options={"hessian": {"every_n_steps": 1, "burst_length": 1, "scheme": "exact", "displacement": True, "per_parameter": True}})
+
+
+def patched(monkeypatch, change):
+    make = lal.core.state.create_model
+
+    def changed(config):
+        model = make(config)
+        change(model)
+        return model
+
+    monkeypatch.setattr(lal.core.state, "create_model", changed)
+
+
+def rows_of(config, root, warned=()):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        folder = fit(config, root).folder
+    assert [w for w in said if not any(k in str(w.message) for k in warned)] == []
+    return {n.removeprefix("hooks/"): folder.table(n).read() for n in folder.table_names()}
+
+
+def test_frozen_parameters_have_no_part_in_anything(monkeypatch, tmp_path):
+    patched(monkeypatch, lambda model: model.hidden[0].weight.requires_grad_(False))
+    tables = rows_of(configure(**EXACT), tmp_path)
+    assert len(tables["hessian"]) == 59 and tables["hessian"].displacement_residual.max() < 0.5
+    columns = {*tables["hessian"], *tables["norms"]}
+    assert "content_norm/hidden.0.bias" in columns and not [c for c in columns if "hidden.0.weight" in c]
+    n = tables["norms"]
+    assert np.allclose(n.total_norm, np.hypot(n["norm/hidden.0"], n["norm/output"]))
+
+
+def test_tied_embeddings_are_one_parameter(tmp_path):
+    tables = rows_of(configure(model_type="transformer", n_heads=2, tie_embeddings=True, **EXACT), tmp_path)
+    assert len(tables["hessian"]) == 59 and tables["hessian"].displacement_residual.max() < 0.5
+    assert "content_norm/tokens.weight" in tables["hessian"] and "content_norm/output.weight" not in tables["hessian"]
+
+
+def test_weights_tied_by_assignment_are_one_parameter(monkeypatch, tmp_path):
+    def tie(model):
+        model.hidden.append(nn.Linear(8, 8, bias=False))
+        model.hidden.append(nn.Linear(8, 8, bias=False))
+        model.hidden[2].weight = model.hidden[1].weight
+
+    patched(monkeypatch, tie)
+    tables = rows_of(configure(**EXACT), tmp_path)
+    assert len(tables["hessian"]) == 59 and tables["hessian"].displacement_residual.max() < 0.5
+    fit(configure(name="after", **EXACT, reference="run"), tmp_path)
+
+
+def test_a_parameter_without_a_gradient_counts_as_zero(monkeypatch, tmp_path):
+    patched(monkeypatch, lambda model: model.register_parameter("idle", nn.Parameter(torch.ones(3))))
+    tables = rows_of(configure(weight_decay=0.0, **EXACT), tmp_path, warned=["entanglement_content_cossim/idle is nan", "clip"])
+    assert (tables["hessian"]["content_norm/idle"] == 0).all() and (tables["norms"]["norm/idle"] == 0).all()
+    assert len(tables["hessian"]) == 59 and "entanglement_content_cossim/idle" not in tables["hessian"]
+
+
+def test_the_full_batch_is_followed_by_itself(tmp_path):
+    config = configure(epochs=30, batch_size=None, optimizer="sgd", weight_decay=0.0, lr=0.1, **EXACT)
+    rows = rows_of(config, tmp_path)["hessian"]
+    assert rows.step.tolist() == [*range(2, 31)] and rows.epoch.tolist() == rows.step.tolist()
+    before = rows.observed_grad_norm.to_numpy()[:-1]  # of step t, and the content of step t + 1 is the same gradient
+    assert np.allclose(rows.content_norm.to_numpy()[1:], before, rtol=1e-5)
+    steps = rows_of(configure("step", name="s", steps=30, batch_size=None, optimizer="sgd", weight_decay=0.0, lr=0.1, **EXACT), tmp_path)["hessian"]
+    pd.testing.assert_frame_equal(rows, steps, check_exact=True)
+
+
+def test_the_mean_of_an_epoch_is_that_of_the_gradients_before_clipping(monkeypatch, tmp_path):
+    kept, add = {}, Hooks.add_to_epoch
+    grads = lambda s: {k: p.grad.double() / (float(s.clip_factor) if s.clip_factor is not None else 1) for k, p in s.model.named_parameters()}
+    monkeypatch.setattr(Hooks, "add_to_epoch", lambda self, s: kept.setdefault(s.epoch, []).append(grads(s)) or add(self, s))
+    for clip in (None, 0.05):
+        kept.clear()
+        tables = rows_of(configure(name=f"clip_{clip}", grad_clip=clip, **ALL), tmp_path)
+        mean = lambda e: {k: sum(g[k] for g in kept[e]) / len(kept[e]) for k in kept[e][0]}
+        assert {len(g) for g in kept.values()} == {4}
+        for row in tables["norms"].itertuples(): assert row.total_norm == pytest.approx(float(norm(mean(row.epoch))), rel=1e-5)
+        for row in tables["consecutive"].itertuples():
+            a, b = (torch.cat([t.flatten() for t in mean(e).values()]) for e in (row.epoch, row.epoch - 1))
+            assert row.cos_sim == pytest.approx(float(a @ b / a.norm() / b.norm()), rel=1e-4)
+            assert np.cos(np.radians(row.angle_degrees)) == pytest.approx(row.cos_sim, abs=1e-3)
+        assert (tables["hessian"].clip_factor < 1).all() == bool(clip)
+
+
+def test_training_metrics_are_those_of_the_history(straight, tmp_path):
+    for unit in UNITS:
+        folder = RunFolder(straight[unit])
+        rows, history = folder.table("hooks/training_metrics").read(), folder.history
+        both = rows.merge(history, on="step", suffixes=("", "_h"))
+        both = both[both.val_acc.notna()]
+        assert len(both) == (3 if unit == "epoch" else 12)
+        assert both.val_acc.tolist() == both.test_acc.tolist() and both.train_acc.tolist() == both.train_acc_h.tolist()
+        assert np.allclose(rows.perplexity, np.exp(rows.loss), rtol=1e-6)
+
+
+def test_log_points_beyond_the_end_leave_the_last_epoch(tmp_path):
+    tables = rows_of(configure(**ALL | dict(log_every=1000)), tmp_path)
+    assert tables["norms"].epoch.tolist() == [15] and tables["consecutive"].epoch.tolist() == [15]
+    assert tables["training_metrics"].val_acc.notna().sum() == 1
+
+
+def test_a_run_that_goes_on_measures_on(straight, tmp_path):
+    short = configure(name="epoch", **ALL | dict(log_every=1))
+    fit(with_values(short, epochs=8), tmp_path)
+    fit(with_values(short, epochs=8), tmp_path, extra_epochs=7)
+    fit(with_values(short, name="through"), tmp_path)
+    one, two = RunFolder(tmp_path / "epoch"), RunFolder(tmp_path / "through")
+    for name in two.table_names():
+        if name != "history": pd.testing.assert_frame_equal(one.table(name).read(), two.table(name).read(), check_exact=True)
+    with pytest.raises(ConfigError): fit(with_values(short, until=5), tmp_path, resume=True)
+
+
+@pytest.mark.xfail(strict=True, reason="the mean over the steps since the resume is taken for that of the whole epoch")
+def test_an_epoch_that_becomes_a_log_point_half_way_has_its_whole_mean_or_none(straight, tmp_path):
+    config = configure(name="run", **ALL | dict(log_every=100))
+    fit(config, tmp_path, stop=30)  # in epoch 8, which is no log point
+    fit(with_values(config, until=8), tmp_path, resume=True)
+    fit(configure(name="whole", **ALL | dict(log_every=8)), tmp_path)
+    rows, whole = (RunFolder(tmp_path / n).table("hooks/norms").read() for n in ("run", "whole"))
+    assert rows[rows.epoch == 8].total_norm.tolist() in ([], whole[whole.epoch == 8].total_norm.tolist())
+
+
+def test_two_seeds_through_one_per_seed(straight, tmp_path):
+    config = configure(name="epoch", **ALL | dict(seeds=[3, 4]))
+    for each in one_per_seed(config): fit(each, tmp_path)
+    pd.testing.assert_frame_equal(
+        RunFolder(tmp_path / "epoch_seed3").table("hooks/hessian").read(), RunFolder(straight["epoch"]).table("hooks/hessian").read(), check_exact=True
+    )
+    assert not RunFolder(tmp_path / "epoch_seed4").table("hooks/hessian").read().equals(RunFolder(straight["epoch"]).table("hooks/hessian").read())
+
+
+def test_a_keyboard_interrupt_inside_a_hook_ends_the_run_and_it_resumes(straight, tmp_path, dropout):
+    class Impatient(Hook):
+        kind = "intervention"
+        at = 27
+
+        def post_step(self, state):
+            torch.manual_seed(0)
+            if state.step == self.at: raise KeyboardInterrupt
+
+    watchers = lambda: [TrainingMetrics(), Norms(), Consecutive(), Hessian(**BURSTS["hessian"]), Impatient()]
+    config = configure(name="run", log_every=5, checkpoint_every=4)
+    with pytest.raises(KeyboardInterrupt): fit(config, tmp_path, Hooks(watchers()))
+    assert RunFolder(tmp_path / "run").summary["status"] == "interrupted"
+    Impatient.at = None
+    fit(config, tmp_path, Hooks(watchers()), resume=True)
+    fit(with_values(config, name="through"), tmp_path, Hooks(watchers()))
+    equal_rows(tmp_path / "run", tmp_path / "through")
+
+
+@each_unit
+def test_a_run_that_diverges_says_so_and_hooks_do_not_get_in_the_way(unit, tmp_path):
+    from lal.core.trainer import NonFiniteLoss
+
+    config = configure(unit, optimizer="sgd", lr=1e30, **ALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(NonFiniteLoss): fit(config, tmp_path)
+    assert RunFolder(tmp_path / "run").summary["status"] == "failed"
+
+
+def test_many_rows_between_two_writes(monkeypatch, tmp_path):
+    monkeypatch.setattr("lal.hooks.framework.MOST_PENDING", 7)
+    settled, settle = [], Hooks.settle
+    monkeypatch.setattr(Hooks, "settle", lambda self: settled.append(len(self.rows)) or settle(self))
+    config = configure(name="epoch", **ALL)
+    fit(config, tmp_path)
+    monkeypatch.undo()
+    fit(with_values(config, name="all"), tmp_path)
+    equal_rows(tmp_path / "epoch", tmp_path / "all")
+    assert 7 in settled and 14 in settled
+
+
+def test_what_is_written_is_described_in_the_tables(straight):
+    import pyarrow.parquet as pq
+
+    told = json.loads(pq.read_schema(straight["epoch"] / "hooks/hessian.parquet").metadata[b"lal.hook"])
+    assert told["name"] == "hessian" and told["kind"] == "intervention" and told["options"]["burst_length"] == 11
+    columns = {metric["name"] for metric in told["metrics"]}
+    rows = RunFolder(straight["epoch"]).table("hooks/hessian").read()
+    assert {*rows} - {"epoch", "step"} <= columns and "content_cossim_to_solution" not in columns
+    assert all(("low" in m and "high" in m and m["meaning"]) for m in told["metrics"])
+    for metric in told["metrics"]:
+        values = rows[metric["name"]].dropna() if metric["name"] in rows else pd.Series(dtype=float)
+        slack = 1e-6
+        assert metric["low"] is None or (values >= metric["low"] - slack).all(), metric["name"]
+        assert metric["high"] is None or (values <= metric["high"] + slack).all(), metric["name"]
+
+
+def test_hooks_and_sinks_raise_no_warning_of_any_kind(tmp_path):
+    "A whole run, with a stop and a resume, under `python -W error`."
+    script = f"""
+import torch
+from pathlib import Path
+from lal.core.config import make_config
+from lal.core.trainer import Trainer
+from lal.hooks.registry import create_hooks
+for unit in (dict(epochs=6), dict(steps=24)):
+    config = make_config(**{BASE}, **unit, name=next(iter(unit)), hooks="full", sinks=["jsonl", "csv"], log_every=2, profile_hooks=True,
+        hook_options={{"hessian": {{"every_n_steps": 4, "burst_length": 3, "displacement": True}}}})
+    Trainer(config, {str(tmp_path)!r}, progress=False, hooks=create_hooks(config)).fit()
+    more = dict(extra_epochs=2) if "epochs" in unit else dict(extra_steps=3)
+    Trainer(config, {str(tmp_path)!r}, progress=False, hooks=create_hooks(config)).fit(**more)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_the_console_shows_the_newest_row_of_each_hook(tmp_path, capsys):
+    fit(configure(**ALL | dict(sinks=["console"])), tmp_path)
+    said = capsys.readouterr()
+    assert said.out == "" and {line.split()[0] for line in said.err.splitlines()} == {"training_metrics", "norms", "consecutive", "hessian"}
+    assert re.search(r"hessian  step 50 .*entanglement_norm", said.err)
