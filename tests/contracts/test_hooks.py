@@ -352,6 +352,27 @@ def test_observers_alone_keep_no_gradient(monkeypatch, tmp_path):
     fit(configure(hooks="training_metrics", log_every=5, name="e"), tmp_path)
 
 
+@each_unit
+def test_the_gradient_before_is_that_of_the_step_before_wherever_a_window_or_burst_begins(unit, tmp_path):
+    seen, own = [], {}
+
+    class Before(Hook):
+        needs = Needs.PREVIOUS_GRAD
+
+        def post_step(self, state):
+            seen.append(state.step)
+            assert all(torch.equal(g, own[state.step - 1][k]) for k, g in state.previous_grad.items())
+
+    def after(point, state):
+        if point == POST_STEP: own[state.step] = {k: p.grad.clone() for k, p in state.model.named_parameters()}
+
+    for options in (dict(from_epoch=3, to_epoch=4), dict(every_n_steps=7, burst_length=2, warmup_steps=10)):
+        seen.clear()
+        Trainer(configure(unit, name=f"{len(options)}"), tmp_path, progress=False, hooks=Around(Hooks([Before(**options)]), after)).fit()
+        window = [*range(9, 17)] if unit == "epoch" else [*range(12, 18)]
+        assert seen == (window if "from_epoch" in options else [s for s in range(14, 61) if s % 7 < 2])
+
+
 # 5. What is wrong is said before anything is written.
 
 WRONG = [  # keys of the configuration, and words the error must say
@@ -697,7 +718,7 @@ def test_offloading_gives_the_same_rows(unit, straight, tmp_path):
 def test_one_object_used_for_two_runs_gives_the_rows_of_fresh_ones(unit, straight, tmp_path):
     config = configure(unit, name=unit, **ALL)
     hooks = create_hooks(config)
-    fit(with_values(config, name="other", seed=8), tmp_path, hooks, stop=26)
+    fit(with_values(config, name="other", seed=8), tmp_path, hooks, stop=25)  # after five rows
     fit(config, tmp_path, hooks)
     equal_rows(tmp_path / unit, straight[unit])
 
@@ -838,7 +859,7 @@ def test_log_points_beyond_the_end_leave_the_last_epoch(tmp_path):
 
 
 def test_a_run_that_goes_on_measures_on(straight, tmp_path):
-    short = configure(name="epoch", **ALL | dict(log_every=1))
+    short = configure(name="epoch", **ALL | dict(log_every=4))  # 4, 8, 12, and the end wherever it is
     fit(with_values(short, epochs=8), tmp_path)
     fit(with_values(short, epochs=8), tmp_path, extra_epochs=7)
     fit(with_values(short, name="through"), tmp_path)
