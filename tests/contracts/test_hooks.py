@@ -531,6 +531,14 @@ def test_numbers_of_every_kind_are_kept_as_they_are(unit, tmp_path):
     assert rows.fine.tolist() == [float(torch.as_tensor(kinds[s % len(kinds)]).detach()) for s in range(1, 61)] and not said
 
 
+def test_a_number_is_that_of_its_step_though_the_hook_goes_on_counting_in_it(tmp_path):
+    def work(self, state):
+        if not hasattr(self, "sum"): self.sum = torch.zeros(())
+        return {"fine": self.sum.add_(1)}
+
+    assert reported(work, tmp_path)[0].fine.tolist() == [*range(1, 61)]
+
+
 @pytest.mark.parametrize("kind", ["observer", "intervention", "debug"])
 @each_unit
 def test_a_hook_that_raises_stops_the_run_or_is_skipped(unit, kind, tmp_path):
@@ -816,7 +824,9 @@ def test_a_parameter_without_a_gradient_counts_as_zero(monkeypatch, tmp_path):
 
 def test_the_full_batch_is_followed_by_itself(tmp_path):
     config = configure(epochs=30, batch_size=None, optimizer="sgd", weight_decay=0.0, lr=0.1, **EXACT)
-    rows = rows_of(config, tmp_path)["hessian"]
+    tables = rows_of(config, tmp_path)
+    rows, norms = tables["hessian"], tables["norms"]
+    assert np.allclose(norms.total_norm, rows.observed_grad_norm[rows.step.isin(norms.step)], rtol=1e-6) and len(norms) == 6
     assert rows.step.tolist() == [*range(2, 31)] and rows.epoch.tolist() == rows.step.tolist()
     before = rows.observed_grad_norm.to_numpy()[:-1]  # of step t, and the content of step t + 1 is the same gradient
     assert np.allclose(rows.content_norm.to_numpy()[1:], before, rtol=1e-5)
