@@ -4,8 +4,8 @@
 
 Each round trains one random small configuration without interruption, and once more with several deaths: at a random
 instant, by SIGTERM, at a random change of the disk, in the middle of writing rows, in the middle of writing a checkpoint. At the end
-every table, the weights, optimizer and generators of the last checkpoint, the best weights and the names of all files
-must be equal, value for value. Exits with 1 when they are not.
+every table, the weights, optimizer and generators of the last checkpoint, the best weights, the text files of hooks and the
+names of all files must be equal, value for value. Half of the runs are watched by the package's hooks too. Exits with 1 when they are not.
 """
 import argparse, os, random, shutil, signal, sys, tempfile, time, traceback
 from collections import Counter
@@ -18,6 +18,7 @@ from lal.core.config import make_config
 from lal.core.files import digest, load_checkpoint
 from lal.core.run import RunFolder, checkpoints
 from lal.core.trainer import Interrupted, Trainer
+from lal.hooks.registry import create_hooks
 
 KINDS = ("at a random instant by SIGKILL", "at a random instant by SIGTERM", "at a change of the disk", "in the middle of writing rows", "in the middle of writing a checkpoint")
 
@@ -49,6 +50,40 @@ class Probe:
     def load_state_dict(self, saved): self.mean = saved["mean"]
 
 
+class Both:
+    "The probe, and the hooks that the configuration asks for."
+
+    def __init__(self, config): self.probe, self.hooks = Probe(), create_hooks(config)
+
+    def check(self, *a): self.hooks.check(*a)
+
+    def fire(self, point, state):
+        self.probe.fire(point, state)
+        self.hooks.fire(point, state)
+
+    def open(self, folder):
+        self.probe.open(folder)
+        self.hooks.open(folder)
+
+    def flush(self):
+        self.probe.flush()
+        self.hooks.flush()
+
+    def state_dict(self): return {"probe": self.probe.state_dict(), "hooks": self.hooks.state_dict()}
+
+    def load_state_dict(self, saved):
+        self.probe.load_state_dict(saved["probe"])
+        self.hooks.load_state_dict(saved["hooks"])
+
+
+def random_hooks(rng: random.Random) -> dict:
+    "Keys for the hooks of half of the runs; bursts are short, and follow each other closely."
+    if rng.random() < 0.5: return {}
+    every = rng.randint(2, 9)
+    hessian = {"every_n_steps": every, "burst_length": rng.randint(2, every), "scheme": rng.choice(["forward", "central", "exact"]), "check_every": rng.choice([None, 3]), "displacement": rng.random() < 0.5}
+    return dict(hooks="full", hook_options={"hessian": hessian}, sinks=["jsonl", "csv"], offload_hooks=rng.random() < 0.5)
+
+
 def random_config(rng: random.Random):
     "A run of about a second, dropout in half of them."
     by_steps = rng.random() < 0.5
@@ -59,7 +94,7 @@ def random_config(rng: random.Random):
         name="run", p=rng.choice([11, 13]), model_type=rng.choice(["baseline", "transformer"]), hidden_dim=16, n_layers=1, n_heads=2,
         batch_size=rng.choice([16, 17, 40]), ordering=rng.choice(["random", "fixed-random", "stride", "target"]), lr=3e-3, optimizer=rng.choice(["adamw", "sgd"]),
         momentum=0.9, scheduler=rng.choice(["constant", "cosine"]), min_lr=1e-5, grad_clip=rng.choice([None, 1.0]), log_every=rng.choice([1, 2, 5]), snapshot_every=7,
-        checkpoint_every=every, threads=1, device="cpu", seed=rng.randint(0, 999), **unit,
+        checkpoint_every=every, threads=1, device="cpu", seed=rng.randint(0, 999), **unit, **random_hooks(rng),
     )  # fmt: skip
 
 
@@ -132,7 +167,8 @@ def train(config, root: Path, dropout: bool) -> None:
 
     lal.core.state.create_model = with_dropout
     run = root / config.name
-    Trainer(config, root, hooks=Probe()).fit(resume=RunFolder(run).is_run)
+    hooks = Probe() if config.hooks == "none" else Both(config)
+    Trainer(config, root, hooks=hooks).fit(resume=RunFolder(run).is_run)
 
 
 def differences(one: Path, two: Path) -> list[str]:
@@ -144,6 +180,8 @@ def differences(one: Path, two: Path) -> list[str]:
         rows = [RunFolder(run).table(name).read() for run in (one, two)]
         try: pd.testing.assert_frame_equal(*rows, check_exact=True)
         except AssertionError as error: found.append(f"{name}: {' '.join(str(error).split())[:200]}")
+    for file in sorted(f.relative_to(two) for kind in ("jsonl", "csv") for f in two.glob(f"hooks/*.{kind}")):
+        if not (one / file).exists() or (one / file).read_bytes() != (two / file).read_bytes(): found.append(f"{file}: other bytes")
     for file in ("best.pt", *(f.name for f in checkpoints(two))):
         states = [load_checkpoint(run / "checkpoints" / file) for run in (one, two)]
         for state in states: state.pop("seconds", None)

@@ -1,0 +1,1072 @@
+"The hook framework: bursts, resumes, and training that is bit for bit the same whoever watches it. Hooks that misbehave are named."
+import csv, json, random, re, signal, subprocess, sys, warnings
+from collections import Counter, defaultdict
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+import lal.core.run, lal.core.state
+from lal.core.config import ConfigError, make_config, one_per_seed, with_values
+from lal.core.files import digest, load_checkpoint
+from lal.core.run import RunFolder, checkpoints
+from lal.core.state import POST_EPOCH, POST_STEP, PRE_STEP, TrainState, train_step
+from lal.core.trainer import Interrupted, Trainer
+from lal.curvature.params import axpy, norm
+from lal.hooks.consecutive import Consecutive
+from lal.hooks.framework import Batch, Hook, HookError, Hooks, HookState, Metric, Needs
+from lal.hooks.hessian import Hessian
+from lal.hooks.norms import Norms
+from lal.hooks.registry import create_hooks
+from lal.hooks.training_metrics import TrainingMetrics
+
+UNITS = {"epoch": dict(epochs=15), "step": dict(steps=60)}  # four batches an epoch, the last one short
+BASE = dict(p=7, hidden_dim=8, n_layers=1, train_frac=0.7, batch_size=10, device="cpu", threads=1, seed=3, lr=3e-3, checkpoint_every=1000)
+BURSTS = {"hessian": {"every_n_steps": 20, "burst_length": 11, "check_every": 3, "displacement": True}}
+ALL = dict(hooks="full", hook_options=BURSTS, sinks=["jsonl", "csv"], log_every=5)
+each_unit = pytest.mark.parametrize("unit", UNITS)
+
+
+def configure(unit="epoch", **keys):
+    return make_config(**{**BASE, **UNITS[unit], **keys})
+
+
+class Around:
+    "Hooks, with something of a test's own done after each point."
+
+    def __init__(self, hooks, after):
+        self.hooks, self.after = hooks, after
+
+    def fire(self, point, state):
+        if self.hooks is not None: self.hooks.fire(point, state)
+        self.after(point, state)
+
+    def __getattr__(self, name):
+        if self.hooks is None: raise AttributeError(name)
+        return getattr(self.hooks, name)
+
+
+def stop_at(step):
+    def after(point, state):
+        if point == POST_STEP and state.step == step: signal.raise_signal(signal.SIGTERM)
+
+    return after
+
+
+def fit(config, root, hooks="its own", stop=None, **options):
+    "Train quietly; with `stop` to a SIGTERM at that step."
+    hooks = create_hooks(config) if hooks == "its own" else hooks
+    trainer = Trainer(config, root, progress=False, hooks=Around(hooks, stop_at(stop)) if stop else hooks)
+    if stop:
+        with pytest.raises(Interrupted): trainer.fit(**options)
+    else:
+        trainer.fit(**options)
+    return trainer
+
+
+def equal_rows(one, two):
+    "The tables of two runs, value for value."
+    one, two = RunFolder(one), RunFolder(two)
+    assert one.table_names() == two.table_names()
+    for name in one.table_names():
+        pd.testing.assert_frame_equal(one.table(name).read(), two.table(name).read(), check_exact=True)
+
+
+def equal_checkpoints(one, two, keys=("epoch", "step", "model", "optimizer", "scheduler", "batches", "generators", "hooks")):
+    "The checkpoints of two runs, bit for bit."
+    names = [[f.name for f in checkpoints(run)] for run in (one, two)]
+    assert names[0] == names[1] and names[0]
+    for name in names[0]:
+        a, b = (load_checkpoint(run / "checkpoints" / name) for run in (one, two))
+        assert {k: digest(a[k]) for k in keys if k in a} == {k: digest(b[k]) for k in keys if k in b}
+
+
+@pytest.fixture
+def dropout(monkeypatch):
+    make = lal.core.state.create_model
+
+    def with_dropout(config):
+        model = make(config)
+        model.hidden.append(nn.Dropout(0.5))
+        return model
+
+    monkeypatch.setattr(lal.core.state, "create_model", with_dropout)
+
+
+@pytest.fixture
+def always_flush(monkeypatch):
+    monkeypatch.setattr(lal.core.run, "FLUSH_SECONDS", -1.0)
+
+
+# 1. Bursts, stops and resumes.
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    "The run of each unit that nobody stopped."
+    root = tmp_path_factory.mktemp("straight")
+    return {unit: fit(configure(unit, name=unit, **ALL), root).folder.path for unit in UNITS}
+
+
+@each_unit
+def test_a_burst_of_eleven_gives_ten_rows_across_the_ends_of_epochs(unit, straight):
+    rows = RunFolder(straight[unit]).table("hooks/hessian").read()
+    assert rows.step.tolist() == [*range(21, 31), *range(41, 51)]
+    assert rows.entanglement_coherence.isna().tolist() == ([True] + [False] * 9) * 2
+    assert rows.relative_fd_error.notna().tolist() == [k % 3 == 0 for k in range(20)]
+    assert rows.epoch.tolist() == [-(-s // 4) if unit == "epoch" else (10 * s) // 34 for s in rows.step]
+    metrics = RunFolder(straight[unit]).table("hooks/training_metrics").read()
+    assert metrics.step.tolist() == [*range(1, 61)]
+    at_log = metrics[metrics.val_acc.notna()].step.tolist()
+    assert at_log == ([20, 40, 60] if unit == "epoch" else [*range(5, 61, 5)])
+
+
+def test_pairs_of_epochs_at_every_log_point(straight):
+    rows = RunFolder(straight["epoch"]).table("hooks/consecutive").read()
+    assert rows.epoch.tolist() == [5, 10, 15] and rows.step.tolist() == [20, 40, 60]
+    assert RunFolder(straight["epoch"]).table("hooks/norms").read().epoch.tolist() == [5, 10, 15]
+    assert RunFolder(straight["step"]).table_names() == ["history", "hooks/hessian", "hooks/training_metrics"]
+
+
+STOPS = {"epoch": [20, 25, 28, 30, 34, 38], "step": [20, 25, 30]}  # in and at the ends of a burst and of an epoch; in epochs 9 and 10, which `consecutive` compares
+
+
+@pytest.mark.parametrize("unit, at", [(unit, at) for unit in UNITS for at in STOPS[unit]])
+def test_a_stopped_run_gives_the_rows_of_an_uninterrupted_one(unit, at, straight, tmp_path, always_flush):
+    config = configure(unit, name=unit, **ALL)
+    fit(config, tmp_path, stop=at)
+    folder = RunFolder(tmp_path / unit)
+    assert folder.summary["status"] == "interrupted"
+    assert folder.table("hooks/hessian").read().step.tolist() == [*range(21, at + 1)][:10] if at > 20 else True
+    fit(config, tmp_path, resume=True)
+    equal_rows(tmp_path / unit, straight[unit])
+    equal_checkpoints(tmp_path / unit, straight[unit])
+    for file in straight[unit].glob("hooks/*.csv"):
+        assert (tmp_path / unit / "hooks" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.xfail(strict=True, reason="the keys of a JSON line written anew stand in the order of the table's columns, not of the declaration")
+@each_unit
+def test_text_files_of_a_resumed_run_are_those_of_an_uninterrupted_one(unit, straight, tmp_path):
+    config = configure(unit, name=unit, **ALL)
+    fit(config, tmp_path, stop=25)
+    fit(config, tmp_path, resume=True)
+    files = sorted(straight[unit].glob("hooks/*.*"))
+    assert {f.suffix for f in files} == {".jsonl", ".csv", ".parquet"}
+    for file in files:
+        if file.suffix != ".parquet": assert (tmp_path / unit / "hooks" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@each_unit
+def test_a_checkpoint_at_every_epoch_and_a_second_stop(unit, straight, tmp_path):
+    config = configure(unit, name=unit, **ALL | dict(checkpoint_every=1))
+    fit(config, tmp_path, stop=22)
+    fit(config, tmp_path, stop=27, resume=True)
+    for file in sorted((tmp_path / unit / "checkpoints").glob("*.pt"))[-2:]: file.unlink()  # lost, and an older one is used
+    fit(config, tmp_path, resume=True)
+    equal_rows(tmp_path / unit, straight[unit])
+
+
+def test_text_files_hold_what_the_tables_hold(straight):
+    for name in ("hessian", "training_metrics", "norms", "consecutive"):
+        rows = RunFolder(straight["epoch"]).table(f"hooks/{name}").read()
+        lines = (straight["epoch"] / f"hooks/{name}.jsonl").read_text().splitlines()
+        sparse = [{k: v for k, v in row.items() if v == v} for row in rows.to_dict("records")]
+        assert [json.loads(line) for line in lines] == sparse
+        with open(straight["epoch"] / f"hooks/{name}.csv", newline="") as file: table = [*csv.DictReader(file)]
+        assert [{k: float(v) for k, v in row.items() if v} for row in table] == sparse
+
+
+# 2. Nobody notices that they are there.
+
+
+class Drawing(Hook):
+    "Draws from every generator, and raises half-way."
+
+    metrics = (Metric("drawn", "u", (0, 1), "a random number"),)
+
+    def pre_step(self, state):
+        self.draw(state)
+
+    def post_step(self, state):
+        return {"drawn": self.draw(state)}
+
+    def post_epoch(self, state):
+        self.draw(state)
+
+    def snapshot(self, state):
+        self.draw(state)
+
+    def draw(self, state):
+        torch.manual_seed(state.step)
+        np.random.seed(state.step)
+        random.seed(state.step)
+        drawn = torch.rand(()), np.random.rand(), random.random()
+        if state.step % 3 == 0: raise ValueError("half-way")
+        return drawn[0]
+
+
+class DrawingOne(Drawing):
+    kind = "intervention"
+
+
+def watched(config, root, hooks):
+    "Train; the states of all generators after each step, as one number."
+    seen, others = [], lambda: (np.random.get_state()[1].tobytes(), np.random.get_state()[2], hash(random.getstate()))
+
+    def after(point, state):
+        if point in (POST_STEP, POST_EPOCH): seen.append(digest([torch.get_rng_state(), others()]))
+
+    random.seed(1)
+    np.random.seed(1)
+    trainer = Trainer(config, root, progress=False, hooks=Around(hooks, after))
+    trainer.fit()
+    return trainer, [*seen, digest(others())]
+
+
+def full(kind, **options):
+    watchers = [TrainingMetrics(), Norms(every_n_epochs=2), Consecutive(every_n_epochs=3), Hessian(**BURSTS["hessian"])]
+    return Hooks([*watchers, kind()], on_error="skip", **options)
+
+
+@pytest.mark.filterwarnings("ignore:hook drawing")
+@pytest.mark.parametrize("kind", [pytest.param(Drawing, marks=pytest.mark.xfail(strict=True, reason="what an observer draws from Python's and NumPy's generators is not put back")), DrawingOne])
+@pytest.mark.parametrize("length", [dict(epochs=75), dict(steps=300)], ids=["epoch", "step"])
+def test_three_hundred_steps_are_bit_for_bit_those_that_nobody_watched(length, kind, dropout, tmp_path):
+    keys = dict(length, log_every=20, checkpoint_every=25 if "epochs" in length else 100, snapshot_every=10, grad_clip=0.5)
+    hooks = full(kind)
+    if "steps" in length: hooks = Hooks([TrainingMetrics(), Hessian(**BURSTS["hessian"]), kind()], on_error="skip")
+    alone, unseen = watched(configure(name="alone", **keys), tmp_path, None)
+    seen_by, seen = watched(configure(name="seen", **keys), tmp_path, hooks)
+    assert alone.state.step == 300 and len(hooks.table(hooks.hooks[-1].name)) == 200
+    assert hooks.problems[hooks.hooks[-1].name, "raised"] >= 200
+    equal_checkpoints(tmp_path / "alone", tmp_path / "seen", ("epoch", "step", "model", "optimizer", "scheduler", "batches", "generators"))
+    assert digest(alone.state.checkpoint()) == digest(seen_by.state.checkpoint())
+    pd.testing.assert_frame_equal(alone.folder.history, seen_by.folder.history, check_exact=True)
+    assert seen == unseen
+
+
+# 3. One mask.
+
+
+def small_state(**keys):
+    return TrainState.create(configure(**keys), torch.device("cpu"))
+
+
+def far(a, b):
+    return float(norm(axpy(-1, b, a)) / norm(b))
+
+
+class Masked(Hook):
+    kind = "intervention"
+    metrics = tuple(Metric(name, "x", (0, None), "a distance") for name in ("same", "double", "other", "loss"))
+
+    def pre_step(self, state):
+        self.before = state.weights()
+
+    def post_step(self, state):
+        used, batch = state.unclipped(), state.batch
+        other = batch._replace(generators={"cpu": state.generator("other").get_state()})
+        at = lambda b, dtype=None: {k: g.float() for k, g in state.grad_at(self.before, b, dtype).items()}
+        return {
+            "same": far(at(batch), used),
+            "double": far(at(batch, torch.float64), used),
+            "other": far(at(other), used),
+            "loss": abs(state.loss_at(self.before, batch) - state.loss),
+        }
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_gradient_evaluated_afterwards_has_the_mask_of_the_step(clip, dropout):
+    state, hooks = small_state(), Hooks([Masked()])
+    for _ in range(9):
+        train_step(state, state.batches.of_epoch(), clip, hooks.fire)
+        hooks.fire(POST_STEP, state)
+    rows = hooks.table("masked")
+    assert rows.same.max() < 1e-6 and rows.double.max() < 1e-5 and rows.loss.max() < 1e-6
+    assert rows.other.min() > 0.1
+
+
+def test_with_dropout_the_automatic_step_in_double_precision_agrees_with_the_exact_product(dropout):
+    rows = {}
+    for scheme in ("exact", "forward", "central"):
+        state = small_state()
+        torch.manual_seed(0)
+        hooks = Hooks([Hessian(scheme=scheme, epsilon=None, every_n_steps=1, burst_length=1, check_every=1, displacement=True)])
+        for _ in range(9):
+            train_step(state, state.batches.of_epoch(), None, hooks.fire)
+            hooks.fire(POST_STEP, state)
+        rows[scheme] = hooks.table("hessian")
+    for scheme in ("forward", "central"):
+        assert rows[scheme].relative_fd_error.max() < 1e-5
+        for name in ("entanglement_norm", "content_norm", "entanglement_content_cossim", "rayleigh_quotient", "displacement_residual"):
+            assert np.allclose(rows[scheme][name], rows["exact"][name], rtol=1e-4, atol=1e-5), name
+    assert rows["exact"].displacement_residual.max() < 0.5  # with another mask it would be about 1
+
+
+def test_a_batch_without_a_saved_state_is_refused_and_nothing_is_drawn(dropout):
+    state, seen = small_state(), []
+
+    class Watcher(Hook):  # an observer: no state is lent to it
+        def post_step(self, state):
+            before = torch.get_rng_state()
+            for batch in (state.batch, (state.batch.x, state.batch.y), Batch(*state.train)):
+                with pytest.raises(ValueError) as error: state.grad_at(state.weights(), batch)
+                seen.append(str(error.value))
+            assert torch.equal(before, torch.get_rng_state())
+            state.model.eval()
+            state.grad_at(state.weights(), state.batch)
+            state.model.train()
+
+    hooks = Hooks([Watcher()])
+    train_step(state, state.batches.of_epoch(), None, hooks.fire)
+    hooks.fire(POST_STEP, state)
+    assert len(seen) == 3 and all("carries the generator's state" in said and "\n" not in said for said in seen)
+
+
+# 4. Nothing is paid for that is not used.
+
+
+@each_unit
+def test_gradients_are_kept_only_where_a_hook_needs_them(unit, monkeypatch, tmp_path):
+    calls, copy, lent = [], HookState.unclipped, []
+    monkeypatch.setattr(HookState, "unclipped", lambda self: calls.append(self.step) or copy(self))
+    config = configure(unit, **ALL)
+    hooks = create_hooks(config)
+
+    def after(point, state):
+        if point == PRE_STEP and hooks.view.batch.generators is not None: lent.append(state.step)
+
+    Trainer(config, tmp_path, progress=False, hooks=Around(hooks, after)).fit()
+    kept = {*range(19, 30), *range(39, 50), 59, 60}  # for the next step; a run may be continued after 60
+    observed = {*range(21, 31), *range(41, 51)}
+    epochs = {s for e in (4, 5, 9, 10, 14, 15) for s in range(4 * e - 3, 4 * e + 1)} if unit == "epoch" else set()
+    assert set(calls) == kept | observed | epochs
+    assert len(calls) == len(kept) + len(observed) + len(epochs)
+    assert lent == [*range(20, 31), *range(40, 51), 60]
+
+
+def test_observers_alone_keep_no_gradient(monkeypatch, tmp_path):
+    monkeypatch.setattr(HookState, "unclipped", None)
+    fit(configure("step", hooks="minimal", log_every=5), tmp_path)
+    fit(configure(hooks="training_metrics", log_every=5, name="e"), tmp_path)
+
+
+@each_unit
+def test_the_gradient_before_is_that_of_the_step_before_wherever_a_window_or_burst_begins(unit, tmp_path):
+    seen, own = [], {}
+
+    class Before(Hook):
+        needs = Needs.PREVIOUS_GRAD
+
+        def post_step(self, state):
+            seen.append(state.step)
+            assert all(torch.equal(g, own[state.step - 1][k]) for k, g in state.previous_grad.items())
+
+    def after(point, state):
+        if point == POST_STEP: own[state.step] = {k: p.grad.clone() for k, p in state.model.named_parameters()}
+
+    for options in (dict(from_epoch=3, to_epoch=4), dict(every_n_steps=7, burst_length=2, warmup_steps=10)):
+        seen.clear()
+        Trainer(configure(unit, name=f"{len(options)}"), tmp_path, progress=False, hooks=Around(Hooks([Before(**options)]), after)).fit()
+        window = [*range(9, 17)] if unit == "epoch" else [*range(12, 18)]
+        assert seen == (window if "from_epoch" in options else [s for s in range(14, 61) if s % 7 < 2])
+
+
+# 5. What is wrong is said before anything is written.
+
+WRONG = [  # keys of the configuration, and words the error must say
+    (dict(hooks="hesian"), "no hook or set is called 'hesian'; did you mean 'hessian'?"),
+    (dict(hooks=["norms", "what"]), "no hook or set is called 'what'"),
+    (dict(hooks="none,norms"), "'none' stands alone"),
+    (dict(hooks="hessian", hook_options={"hessian": {"epsilom": 1}}), "hessian.epsilom = 1: unknown option; did you mean 'epsilon'?"),
+    (dict(hooks="hessian", hook_options={"hessian": {"epsilon": "small"}}), "hessian.epsilon = small: must be a number or null"),
+    (dict(hooks="hessian", hook_options={"hessian": {"epsilon": -1}}), "hessian.epsilon = -1"),
+    (dict(hooks="hessian", hook_options={"hessian": {"scheme": "backward"}}), "must be one of forward, central, exact"),
+    (dict(hooks="hessian", hook_options={"hessian": {"every_n_steps": 0}}), "hessian.every_n_steps = 0"),
+    (dict(hooks="hessian", hook_options={"hessian": {"every_n_steps": 2.5}}), "must be a whole number"),
+    (dict(hooks="hessian", hook_options={"hessian": {"every_n_steps": 5}}), "hessian.burst_length = 11: must not be larger than every_n_steps = 5"),
+    (dict(hooks="hessian", hook_options={"hessian": {"every_n_epochs": 5}}), "unknown option"),
+    (dict(hooks="norms", hook_options={"norms": {"every_n_steps": 5}}), "unknown option"),
+    (dict(hooks="norms", hook_options={"hessian": {}}), "hessian is not switched on"),
+    (dict(hooks="norms", hook_options={"norm": {}}), "no hook is called 'norm'; did you mean 'norms'?"),
+    (dict(hooks="norms", hook_options={"norms": 3}), "needs a mapping"),
+    (dict(hooks="norms", sinks=["json"]), "no sink is called 'json'; did you mean 'jsonl'?"),
+    (dict(hooks="none", sinks=["json"]), "no sink is called 'json'"),
+    pytest.param(dict(hooks="norms", sinks=[["csv"]]), "no sink is called ['csv']", marks=pytest.mark.xfail(strict=True, reason="TypeError: unhashable type: 'list'")),
+    (dict(hooks=[{"norms": 1}]), "no hook or set is called"),
+    (dict(hooks="norms", on_error="ignore"), "must be one of stop, skip"),
+    (dict(hooks="norms", steps=50), "fires at the points of an epoch"),
+]
+
+
+@pytest.mark.parametrize("keys, words", WRONG, ids=str)
+def test_a_wrong_configuration_is_one_clear_line(keys, words):
+    with pytest.raises(ConfigError) as error: configure(**keys)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "Runs beside which others are: one finished, one stopped, one of another width."
+    root = tmp_path_factory.mktemp("finished")
+    fit(configure(name="done", epochs=3), root)
+    fit(configure(name="wide", epochs=1, hidden_dim=9, n_layers=2), root)
+    fit(configure(name="stopped"), root, hooks=create_hooks(configure(hooks="minimal")), stop=5)
+    (root / "folder").mkdir()
+    return root
+
+
+REFERENCES = [
+    ("nobody", ["neither a run nor a checkpoint"]),
+    ("folder", ["neither a run nor a checkpoint"]),
+    ("done/config.yaml", ["not a readable checkpoint"]),
+    ("stopped", ["is interrupted: a finished run is needed"]),
+    ("wide", ["hidden.0.weight is [8, 14] in the model and [9, 14] in the reference", "output.weight is [7, 8]", "only the reference has hidden.1.weight, hidden.1.bias"]),
+    ({}, ["only the model has hidden.0.weight"]),
+    ({"w": 1.0}, ["not a tensor"]),
+]
+
+
+@pytest.mark.parametrize("which, words", REFERENCES, ids=[str(which) for which, _ in REFERENCES])
+def test_a_wrong_reference_is_one_clear_line_and_nothing_is_written(which, words, finished):
+    before = sorted(finished.rglob("*"))
+    given = {"reference": which} if isinstance(which, str) else {}
+    config = configure(name="new", hooks="hessian", **given)
+    with pytest.raises(ConfigError) as error: fit(config, finished, hooks=create_hooks(config, None if given else which))
+    assert all(w in str(error.value) for w in words) and "\n" not in str(error.value)
+    assert [f for f in sorted(finished.rglob("*")) if f.suffix != ".lock"] == [f for f in before if f.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("which", ["done", "path", "done/checkpoints/3.pt", "done/checkpoints/best.pt", "dict"])
+def test_a_reference_by_name_path_or_dict_gives_solution_columns(which, finished, tmp_path):
+    saved = load_checkpoint(finished / "done/checkpoints/3.pt")["model"]
+    given = {"path": str(finished / "done"), "dict": None}.get(which, which)
+    config = configure(name=f"to_{which.replace('/', '_')}", **ALL | dict(reference=given))
+    trainer = fit(config, finished, hooks=create_hooks(config, saved if which == "dict" else None))
+    rows = trainer.folder.table("hooks/hessian").read()
+    assert rows.content_cossim_to_solution.notna().all() and rows.entanglement_cossim_to_solution.between(-1, 1).all()
+
+
+@pytest.mark.xfail(strict=True, reason="a dict of live parameters is kept as it is, and moves with them")
+def test_a_reference_is_a_copy():
+    state = small_state()
+    live = dict(state.model.named_parameters())
+    hooks = Hooks([Norms()], reference=live)
+    hooks.check(None, state)
+    before = {k: t.clone() for k, t in live.items()}
+    for _ in range(4): train_step(state, state.batches.of_epoch())
+    assert all(torch.equal(hooks.view.reference[k], before[k]) for k in before)
+
+
+def test_a_trainer_with_hooks_in_its_configuration_wants_them():
+    with pytest.raises(ConfigError, match="create_hooks"): Trainer(configure(hooks="minimal"))
+
+
+# 6. Hooks that misbehave.
+
+FINE = Metric("fine", "x", (None, None), "a number")
+
+
+def a_hook(kind="observer", point=POST_STEP, name="odd", metrics=(FINE,), **more):
+    "A hook that does `work(self, state)` at one point."
+
+    def make(work):
+        body = {"name": name, "kind": kind, "metrics": metrics, point: work, "__doc__": "What?", **more}
+        return type("Odd", (Hook,), body)
+
+    return make
+
+
+def reported(work, tmp_path, on_error="stop", metrics=(FINE,), unit="epoch", **more):
+    "Rows, warnings and problems of a whole run with one such hook."
+    hooks = Hooks([a_hook(metrics=metrics, **more)(work)()], on_error)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        folder = fit(configure(unit), tmp_path, hooks).folder
+    assert folder.summary["status"] == "finished"
+    return folder.table("hooks/odd").read(), [str(w.message) for w in said], hooks.problems
+
+
+VALUES = [
+    (torch.zeros(2), "is [2] torch.float32, not a real scalar"),
+    (torch.zeros(0), "not a real scalar"),
+    (torch.tensor(1j), "not a real scalar"),
+    (1j, "is a complex, not a number"),
+    ("three", "is a str, not a number"),
+    ([1.0], "is a list, not a number"),
+    (float("nan"), "is nan, and is left out"),
+    (float("-inf"), "is -inf, and is left out"),
+    (torch.tensor(float("nan")), "is nan, and is left out"),
+    (np.float32("inf"), "is inf, and is left out"),
+    pytest.param(10**400, "", marks=pytest.mark.xfail(strict=True, reason="an int beyond float64 is an OverflowError that stops the run")),
+]
+
+
+@pytest.mark.parametrize("value, words", VALUES, ids=str)
+def test_a_value_that_is_no_finite_number_is_reported_and_the_rest_is_kept(value, words, tmp_path):
+    both = (FINE, Metric("bad", "x", (None, None), "a number"))
+    rows, said, problems = reported(lambda self, state: {"fine": state.step, "bad": value if state.step > 3 else 0.5}, tmp_path, metrics=both)
+    assert rows.fine.tolist() == [*range(1, 61)] and rows.bad.dropna().tolist() == [0.5] * 3
+    assert len(said) == 1 and "hook odd, step 4" in said[0] and "bad " in said[0] and words in said[0] and "\n" not in said[0]
+    assert [*problems.values()] == [57]
+
+
+def test_an_undeclared_name_is_reported_and_the_rest_is_kept(tmp_path):
+    rows, said, _ = reported(lambda self, state: {"fine": 1, "other": 2}, tmp_path)
+    assert rows.columns.tolist() == ["epoch", "step", "fine"] and len(rows) == 60
+    assert len(said) == 1 and "hook odd, step 1 (post_step): other is not declared; odd has fine" in said[0]
+
+
+@pytest.mark.parametrize("result", [[1.0], 3.0, "x", torch.zeros(3)], ids=str)
+def test_a_result_that_is_no_dict_is_reported(result, tmp_path):
+    rows, said, _ = reported(lambda self, state: result, tmp_path)
+    assert not len(rows) and len(said) == 1 and "hook odd, step 1" in said[0] and "not a dict" in said[0]
+
+
+@each_unit
+def test_numbers_of_every_kind_are_kept_as_they_are(unit, tmp_path):
+    kinds = [1, True, 2.5, np.float64(2.5), np.int64(7), np.bool_(True), torch.tensor(3), torch.tensor(True), torch.tensor([2.5]), torch.tensor(1 / 3, dtype=torch.float64), torch.tensor(1 / 3), torch.tensor(0.5, requires_grad=True) * 1]
+    rows, said, _ = reported(lambda self, state: {"fine": kinds[state.step % len(kinds)]}, tmp_path, unit=unit)
+    assert rows.fine.tolist() == [float(torch.as_tensor(kinds[s % len(kinds)]).detach()) for s in range(1, 61)] and not said
+
+
+def test_a_number_is_that_of_its_step_though_the_hook_goes_on_counting_in_it(tmp_path):
+    def work(self, state):
+        if not hasattr(self, "sum"): self.sum = torch.zeros(())
+        return {"fine": self.sum.add_(1)}
+
+    assert reported(work, tmp_path)[0].fine.tolist() == [*range(1, 61)]
+
+
+@pytest.mark.parametrize("kind", ["observer", "intervention", "debug"])
+@each_unit
+def test_a_hook_that_raises_stops_the_run_or_is_skipped(unit, kind, tmp_path):
+    def work(self, state):
+        if state.step == 7: raise KeyError("first line\nsecond line")
+        return {"fine": 1}
+
+    with pytest.raises(HookError) as error: fit(configure(unit), tmp_path, Hooks([a_hook(kind)(work)()]))
+    assert "hook odd, step 7 (post_step): KeyError" in str(error.value) and "on_error = skip" in str(error.value) and "\n" not in str(error.value)
+    folder = RunFolder(tmp_path / "run")
+    assert folder.summary["status"] == "failed" and "hook odd, step 7" in folder.summary["error"]
+    assert folder.table("hooks/odd").read().step.tolist() == [*range(1, 7)]
+    rows, said, _ = reported(work, tmp_path / "skip", "skip", kind=kind, unit=unit)
+    assert rows.step.tolist() == [s for s in range(1, 61) if s != 7] and len(said) == 1 and "hook odd, step 7" in said[0]
+
+
+@pytest.mark.parametrize("value", [{1, 2}, [{"a": {1}}], object(), np.zeros(2), lambda: 0], ids=["set", "nested", "object", "array", "function"])
+def test_what_has_no_place_in_a_checkpoint_is_named_at_the_checkpoint(value, tmp_path):
+    def work(self, state): self.kept = value
+
+    with pytest.raises(HookError) as error: fit(configure(checkpoint_every=2), tmp_path, Hooks([a_hook()(work)()], "skip"))
+    assert "hook odd: ['kept']" in str(error.value) and "no place in a checkpoint" in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run/checkpoints/2.pt").exists() and RunFolder(tmp_path / "run").summary["status"] == "failed"
+
+
+def remembering(kind):
+    "A hook that counts steps in a container of this kind."
+
+    def work(self, state):
+        if not hasattr(self, "kept"): self.kept = kind()
+        self.kept[state.step % 5] = self.kept[state.step % 5] + 1 if state.step % 5 in self.kept or hasattr(self.kept, "default_factory") or isinstance(self.kept, Counter) else 1
+        return {"fine": self.kept[state.step % 5]}
+
+    return Hooks([a_hook()(work)()])
+
+
+@pytest.mark.parametrize("kind", [dict, pytest.param(Counter, marks=pytest.mark.xfail(strict=True, reason="subclasses of dict silently come back as dicts")), pytest.param(lambda: defaultdict(int), id="defaultdict", marks=pytest.mark.xfail(strict=True, reason="subclasses of dict silently come back as dicts"))])
+def test_a_container_comes_back_as_it_was_or_is_refused_by_name(kind, tmp_path):
+    "A run with a checkpoint inside, resumed at step 22, gives the rows of one that ran through."
+    try:
+        fit(configure(name="straight"), tmp_path, remembering(kind))
+    except HookError as error:
+        assert "['kept']" in str(error)
+        return
+    fit(configure(name="stopped"), tmp_path, remembering(kind), stop=22)
+    stopped = load_checkpoint(tmp_path / "stopped/checkpoints/interrupted.pt")["hooks"]["hooks"]["odd"]["kept"]
+    resumed = remembering(kind)
+    fit(configure(name="stopped"), tmp_path, resumed, resume=True)
+    assert type(resumed.hooks[0].kept) is type(kind()) and stopped
+    equal_rows(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_hooks_of_one_name_or_without_a_point_are_refused():
+    with pytest.raises(ConfigError, match="two hooks are called norms"): Hooks([Norms(), Norms()])
+    with pytest.raises(ConfigError, match="never fire"): Hooks([type("Idle", (Hook,), {})()])
+
+
+def test_a_run_is_resumed_with_the_hooks_it_had(tmp_path):
+    fit(configure(), tmp_path, Hooks([Norms(), Hessian()]), stop=9)
+    for hooks in (None, Hooks([Norms()]), Hooks([Norms(), Hessian(), Consecutive()])):
+        with pytest.raises(ConfigError) as error: fit(configure(), tmp_path, hooks, resume=True)
+        assert "hooks" in str(error.value) and "\n" not in str(error.value)
+    fit(configure(), tmp_path, Hooks([Hessian(), Norms()]), resume=True)
+
+
+# 7. Who changes training is stopped.
+
+
+def in_place(work):
+    def change(self, state):
+        with torch.no_grad(): work(state)
+        return {"fine": 1}
+
+    return change
+
+
+def first(state):
+    return next(state.model.parameters())
+
+
+def backward(state):
+    with torch.enable_grad(): state.criterion(state.model(state.batch.x), state.batch.y).backward()
+
+
+def new_gradient(state):
+    first(state).grad = first(state).grad.clone()
+
+
+def rate(state):
+    state.optimizer.param_groups[0]["lr"] *= 2
+
+
+def moments(state):
+    for kept in state.optimizer.state.values(): kept["exp_avg"].mul_(0.5)
+
+
+def moments_replaced(state):
+    for kept in state.optimizer.state.values(): kept["exp_avg"] = kept["exp_avg"] * 0.5
+
+
+CHANGES = {  # what a hook does: what the message names, who is caught
+    "weights": (lambda s: first(s).add_(1e-6), "weights", "all"),
+    "weights by load_state_dict": (lambda s: s.model.load_state_dict(s.model.state_dict()), "weights", "all"),
+    "weights by .data": (lambda s: first(s).data.add_(1e-6), "weights", "fault"),
+    "weights by .data =": (lambda s: setattr(first(s), "data", first(s).data + 1), "weights", "fault"),
+    "the optimizer's step": (lambda s: s.optimizer.step(), "weights", "fault"),  # fused: the version of the weights stays
+    "gradients": (lambda s: first(s).grad.mul_(2), "gradients", "all"),
+    "gradients by backward": (backward, "gradients", "all"),
+    "gradients replaced": (new_gradient, "gradients", "all"),
+    "gradients set to none": (lambda s: s.optimizer.zero_grad(), "gradients", "all"),
+    "gradients through grads()": (lambda s: next(iter(s.grads().values())).zero_(), "gradients", "all"),
+    "rate": (rate, "the optimizer's settings", "intervention"),
+    "moments": (moments, "the optimizer's state", "intervention"),
+    "moments replaced": (moments_replaced, "the optimizer's state", "intervention"),
+    "buffers": (lambda s: s.model.counted.add_(1), "buffers", "intervention"),
+    "mode": (lambda s: s.model.eval(), "the model's mode", "intervention"),
+    "schedule": (lambda s: s.scheduler.step(), "the schedule", "intervention"),
+    "next batch": (lambda s: s.batches.of_epoch(), "the order of the data", "intervention"),
+    "order's generator": (lambda s: torch.rand((), generator=s.batches.rng), "the order of the data", "fault"),
+    "training data": (lambda s: s.batches.x.zero_(), "data", "fault"),
+    "requires_grad": (lambda s: first(s).requires_grad_(False), "", "fault"),
+}  # fmt: skip
+
+
+def cases():
+    for what, (work, words, caught) in CHANGES.items():
+        for kind in ("observer", "intervention", "debug"):
+            fault = caught == "fault" or caught == "intervention" and kind == "observer"
+            marks = pytest.mark.xfail(strict=True, reason="not noticed") if fault else ()
+            yield pytest.param(work, words, kind, id=f"{kind} changes {what}", marks=marks)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("work, words, kind", [*cases()])
+def test_a_hook_that_changes_training_is_stopped_also_under_skip(work, words, kind):
+    for point in (PRE_STEP, POST_STEP):
+        state = small_state(weight_decay=0.1)
+        state.model.register_buffer("counted", torch.zeros(3))
+        for _ in range(2): train_step(state, state.batches.of_epoch())
+        hooks = Hooks([a_hook(kind, point, name="meddler")(in_place(work))()], "skip")
+        with pytest.raises(HookError) as error:
+            train_step(state, state.batches.of_epoch(), 1.0, hooks.fire)
+            hooks.fire(POST_STEP, state)
+        said = str(error.value)
+        assert f"hook meddler, step 3 ({point}): changed" in said and words in said and "\n" not in said
+
+
+def test_a_hook_that_changes_weights_and_raises_is_stopped_too():
+    def work(self, state):
+        with torch.no_grad(): first(state).add_(1)
+        raise ValueError("and more")
+
+    state, hooks = small_state(), Hooks([a_hook(point=PRE_STEP)(work)()], "skip")
+    with pytest.raises(HookError, match="changed weights"): train_step(state, state.batches.of_epoch(), None, hooks.fire)
+
+
+@pytest.mark.xfail(strict=True, reason="an attribute set on the state hides the training state's own, for all hooks, for good")
+def test_what_one_hook_writes_on_the_state_the_next_one_does_not_see():
+    def work(self, state): state.step = state.loss = -1
+
+    state, seen = small_state(), []
+    hooks = Hooks([a_hook()(work)(), a_hook(name="after")(lambda self, state: seen.append(state.step))()])
+    try:
+        for _ in range(2):
+            train_step(state, state.batches.of_epoch(), None, hooks.fire)
+            hooks.fire(POST_STEP, state)
+    except (HookError, AttributeError):
+        return  # refused
+    assert seen == [1, 2]
+
+
+# 8. Options of all hooks together.
+
+
+@each_unit
+def test_offloading_gives_the_same_rows(unit, straight, tmp_path):
+    config = configure(unit, name=unit, **ALL | dict(offload_hooks=True))
+    fit(config, tmp_path, stop=25)
+    fit(config, tmp_path, resume=True)
+    equal_rows(tmp_path / unit, straight[unit])
+    equal_checkpoints(tmp_path / unit, straight[unit])
+
+
+@each_unit
+def test_one_object_used_for_two_runs_gives_the_rows_of_fresh_ones(unit, straight, tmp_path):
+    config = configure(unit, name=unit, **ALL)
+    hooks = create_hooks(config)
+    fit(with_values(config, name="other", seed=8), tmp_path, hooks, stop=25)  # after five rows
+    fit(config, tmp_path, hooks)
+    equal_rows(tmp_path / unit, straight[unit])
+
+
+def test_a_refused_run_does_not_spoil_the_next_one(straight, tmp_path):
+    config = configure(name="epoch", **ALL)
+    hooks = create_hooks(config)
+    hooks.wanted = {"w": torch.zeros(2)}
+    with pytest.raises(ConfigError): fit(config, tmp_path, hooks)
+    hooks.wanted = None
+    fit(config, tmp_path, hooks)
+    equal_rows(tmp_path / "epoch", straight["epoch"])
+
+
+def test_the_profile_has_a_row_for_each_hook_and_point_and_changes_no_row(straight, tmp_path):
+    config = configure(name="epoch", **ALL | dict(profile_hooks=True))
+    hooks = create_hooks(config)
+    fit(config, tmp_path, hooks)
+    table = hooks.profile().set_index(["hook", "point"])
+    firings = {
+        ("training_metrics", "post_step"): 60, ("training_metrics", "post_epoch"): 3, ("norms", "post_epoch"): 3,
+        ("consecutive", "post_epoch"): 6, ("hessian", "pre_step"): 23, ("hessian", "post_step"): 23,
+    }  # fmt: skip
+    assert table.firings.to_dict() == firings and (table.ms > 0).all() and (table.seconds > 0).all()
+    assert table.ms["hessian", "post_step"] > table.ms["training_metrics", "post_step"]
+    equal_rows(tmp_path / "epoch", straight["epoch"])
+
+
+def test_what_is_remembered_has_a_stated_size(tmp_path):
+    hooks = Hooks([Hessian(every_n_steps=20, burst_length=11), Norms()])
+    fit(configure("epoch", log_every=5), tmp_path, hooks, stop=25)
+    n = 4 * sum(p.numel() for p in hooks.view.model.parameters())
+    sizes = hooks.sizes()
+    assert sizes["norms"] == 0 and 2 * n <= sizes["hessian"] <= 2 * n + 64 and sizes["kept for hooks"] == n
+
+
+# 9. Odd networks, lengths and sizes.
+
+EXACT = dict(hooks="full", log_every=5, hook_options={"hessian": {"every_n_steps": 1, "burst_length": 1, "scheme": "exact", "displacement": True, "per_parameter": True}})
+
+
+def patched(monkeypatch, change):
+    make = lal.core.state.create_model
+
+    def changed(config):
+        model = make(config)
+        change(model)
+        return model
+
+    monkeypatch.setattr(lal.core.state, "create_model", changed)
+
+
+def rows_of(config, root, warned=()):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        folder = fit(config, root).folder
+    assert [w for w in said if not any(k in str(w.message) for k in warned)] == []
+    return {n.removeprefix("hooks/"): folder.table(n).read() for n in folder.table_names()}
+
+
+def test_frozen_parameters_have_no_part_in_anything(monkeypatch, tmp_path):
+    patched(monkeypatch, lambda model: model.hidden[0].weight.requires_grad_(False))
+    tables = rows_of(configure(**EXACT), tmp_path)
+    assert len(tables["hessian"]) == 59 and tables["hessian"].displacement_residual.max() < 0.5
+    columns = {*tables["hessian"], *tables["norms"]}
+    assert "content_norm/hidden.0.bias" in columns and not [c for c in columns if "hidden.0.weight" in c]
+    n = tables["norms"]
+    assert np.allclose(n.total_norm, np.hypot(n["norm/hidden.0"], n["norm/output"]))
+
+
+def test_tied_embeddings_are_one_parameter(tmp_path):
+    tables = rows_of(configure(model_type="transformer", n_heads=2, tie_embeddings=True, **EXACT), tmp_path)
+    assert len(tables["hessian"]) == 59 and tables["hessian"].displacement_residual.max() < 0.5
+    assert "content_norm/tokens.weight" in tables["hessian"] and "content_norm/output.weight" not in tables["hessian"]
+
+
+def test_weights_tied_by_assignment_are_one_parameter(monkeypatch, tmp_path):
+    def tie(model):
+        model.hidden.append(nn.Linear(8, 8, bias=False))
+        model.hidden.append(nn.Linear(8, 8, bias=False))
+        model.hidden[2].weight = model.hidden[1].weight
+
+    patched(monkeypatch, tie)
+    tables = rows_of(configure(**EXACT), tmp_path)
+    assert len(tables["hessian"]) == 59 and tables["hessian"].displacement_residual.max() < 0.5
+    fit(configure(name="after", **EXACT, reference="run"), tmp_path)
+
+
+def test_a_parameter_without_a_gradient_counts_as_zero(monkeypatch, tmp_path):
+    patched(monkeypatch, lambda model: model.register_parameter("idle", nn.Parameter(torch.ones(3))))
+    tables = rows_of(configure(weight_decay=0.0, **EXACT), tmp_path, warned=["entanglement_content_cossim/idle is nan", "clip"])
+    assert (tables["hessian"]["content_norm/idle"] == 0).all() and (tables["norms"]["norm/idle"] == 0).all()
+    assert len(tables["hessian"]) == 59 and "entanglement_content_cossim/idle" not in tables["hessian"]
+
+
+def test_the_full_batch_is_followed_by_itself(tmp_path):
+    config = configure(epochs=30, batch_size=None, optimizer="sgd", weight_decay=0.0, lr=0.1, **EXACT)
+    tables = rows_of(config, tmp_path)
+    rows, norms = tables["hessian"], tables["norms"]
+    assert np.allclose(norms.total_norm, rows.observed_grad_norm[rows.step.isin(norms.step)], rtol=1e-6) and len(norms) == 6
+    assert rows.step.tolist() == [*range(2, 31)] and rows.epoch.tolist() == rows.step.tolist()
+    before = rows.observed_grad_norm.to_numpy()[:-1]  # of step t, and the content of step t + 1 is the same gradient
+    assert np.allclose(rows.content_norm.to_numpy()[1:], before, rtol=1e-5)
+    steps = rows_of(configure("step", name="s", steps=30, batch_size=None, optimizer="sgd", weight_decay=0.0, lr=0.1, **EXACT), tmp_path)["hessian"]
+    pd.testing.assert_frame_equal(rows, steps, check_exact=True)
+
+
+def test_the_mean_of_an_epoch_is_that_of_the_gradients_before_clipping(monkeypatch, tmp_path):
+    kept, add = {}, Hooks.add_to_epoch
+    grads = lambda s: {k: p.grad.double() / (float(s.clip_factor) if s.clip_factor is not None else 1) for k, p in s.model.named_parameters()}
+    monkeypatch.setattr(Hooks, "add_to_epoch", lambda self, s: kept.setdefault(s.epoch, []).append(grads(s)) or add(self, s))
+    for clip in (None, 0.05):
+        kept.clear()
+        tables = rows_of(configure(name=f"clip_{clip}", grad_clip=clip, **ALL), tmp_path)
+        mean = lambda e: {k: sum(g[k] for g in kept[e]) / len(kept[e]) for k in kept[e][0]}
+        assert {len(g) for g in kept.values()} == {4}
+        for row in tables["norms"].itertuples(): assert row.total_norm == pytest.approx(float(norm(mean(row.epoch))), rel=1e-5)
+        for row in tables["consecutive"].itertuples():
+            a, b = (torch.cat([t.flatten() for t in mean(e).values()]) for e in (row.epoch, row.epoch - 1))
+            assert row.cos_sim == pytest.approx(float(a @ b / a.norm() / b.norm()), rel=1e-4)
+            assert np.cos(np.radians(row.angle_degrees)) == pytest.approx(row.cos_sim, abs=1e-3)
+        assert (tables["hessian"].clip_factor < 1).all() == bool(clip)
+
+
+def test_training_metrics_are_those_of_the_history(straight, tmp_path):
+    for unit in UNITS:
+        folder = RunFolder(straight[unit])
+        rows, history = folder.table("hooks/training_metrics").read(), folder.history
+        both = rows.merge(history, on="step", suffixes=("", "_h"))
+        both = both[both.val_acc.notna()]
+        assert len(both) == (3 if unit == "epoch" else 12)
+        assert both.val_acc.tolist() == both.test_acc.tolist() and both.train_acc.tolist() == both.train_acc_h.tolist()
+        assert np.allclose(rows.perplexity, np.exp(rows.loss), rtol=1e-6)
+
+
+def test_log_points_beyond_the_end_leave_the_last_epoch(tmp_path):
+    tables = rows_of(configure(**ALL | dict(log_every=1000)), tmp_path)
+    assert tables["norms"].epoch.tolist() == [15] and tables["consecutive"].epoch.tolist() == [15]
+    assert tables["training_metrics"].val_acc.notna().sum() == 1
+
+
+def test_a_run_that_goes_on_measures_on(straight, tmp_path):
+    short = configure(name="epoch", **ALL | dict(log_every=4))  # 4, 8, 12, and the end wherever it is
+    fit(with_values(short, epochs=8), tmp_path)
+    fit(with_values(short, epochs=8), tmp_path, extra_epochs=7)
+    fit(with_values(short, name="through"), tmp_path)
+    one, two = RunFolder(tmp_path / "epoch"), RunFolder(tmp_path / "through")
+    for name in two.table_names():
+        if name != "history": pd.testing.assert_frame_equal(one.table(name).read(), two.table(name).read(), check_exact=True)
+    with pytest.raises(ConfigError): fit(with_values(short, until=5), tmp_path, resume=True)
+
+
+@pytest.mark.xfail(strict=True, reason="the mean over the steps since the resume is taken for that of the whole epoch")
+def test_an_epoch_that_becomes_a_log_point_half_way_has_its_whole_mean_or_none(straight, tmp_path):
+    config = configure(name="run", **ALL | dict(log_every=100))
+    fit(config, tmp_path, stop=30)  # in epoch 8, which is no log point
+    fit(with_values(config, until=8), tmp_path, resume=True)
+    fit(configure(name="whole", **ALL | dict(log_every=8)), tmp_path)
+    rows, whole = (RunFolder(tmp_path / n).table("hooks/norms").read() for n in ("run", "whole"))
+    assert rows[rows.epoch == 8].total_norm.tolist() in ([], whole[whole.epoch == 8].total_norm.tolist())
+
+
+def test_two_seeds_through_one_per_seed(straight, tmp_path):
+    config = configure(name="epoch", **ALL | dict(seeds=[3, 4]))
+    for each in one_per_seed(config): fit(each, tmp_path)
+    pd.testing.assert_frame_equal(
+        RunFolder(tmp_path / "epoch_seed3").table("hooks/hessian").read(), RunFolder(straight["epoch"]).table("hooks/hessian").read(), check_exact=True
+    )
+    assert not RunFolder(tmp_path / "epoch_seed4").table("hooks/hessian").read().equals(RunFolder(straight["epoch"]).table("hooks/hessian").read())
+
+
+def test_a_keyboard_interrupt_inside_a_hook_ends_the_run_and_it_resumes(straight, tmp_path, dropout):
+    class Impatient(Hook):
+        kind = "intervention"
+        at = 27
+
+        def post_step(self, state):
+            torch.manual_seed(0)
+            if state.step == self.at: raise KeyboardInterrupt
+
+    watchers = lambda: [TrainingMetrics(), Norms(), Consecutive(), Hessian(**BURSTS["hessian"]), Impatient()]
+    config = configure(name="run", log_every=5, checkpoint_every=4)
+    with pytest.raises(KeyboardInterrupt): fit(config, tmp_path, Hooks(watchers()))
+    assert RunFolder(tmp_path / "run").summary["status"] == "interrupted"
+    Impatient.at = None
+    fit(config, tmp_path, Hooks(watchers()), resume=True)
+    fit(with_values(config, name="through"), tmp_path, Hooks(watchers()))
+    equal_rows(tmp_path / "run", tmp_path / "through")
+
+
+@each_unit
+def test_a_run_that_diverges_says_so_and_hooks_do_not_get_in_the_way(unit, tmp_path):
+    from lal.core.trainer import NonFiniteLoss
+
+    config = configure(unit, optimizer="sgd", lr=1e30, **ALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(NonFiniteLoss): fit(config, tmp_path)
+    assert RunFolder(tmp_path / "run").summary["status"] == "failed"
+
+
+def test_many_rows_between_two_writes(monkeypatch, tmp_path):
+    monkeypatch.setattr("lal.hooks.framework.MOST_PENDING", 7)
+    settled, settle = [], Hooks.settle
+    monkeypatch.setattr(Hooks, "settle", lambda self: settled.append(len(self.rows)) or settle(self))
+    config = configure(name="epoch", **ALL)
+    fit(config, tmp_path)
+    monkeypatch.undo()
+    fit(with_values(config, name="all"), tmp_path)
+    equal_rows(tmp_path / "epoch", tmp_path / "all")
+    assert 7 in settled and 14 in settled
+
+
+def test_what_is_written_is_described_in_the_tables(straight):
+    import pyarrow.parquet as pq
+
+    told = json.loads(pq.read_schema(straight["epoch"] / "hooks/hessian.parquet").metadata[b"lal.hook"])
+    assert told["name"] == "hessian" and told["kind"] == "intervention" and told["options"]["burst_length"] == 11
+    columns = {metric["name"] for metric in told["metrics"]}
+    rows = RunFolder(straight["epoch"]).table("hooks/hessian").read()
+    assert {*rows} - {"epoch", "step"} <= columns and "content_cossim_to_solution" not in columns
+    assert all(("low" in m and "high" in m and m["meaning"]) for m in told["metrics"])
+    for metric in told["metrics"]:
+        values = rows[metric["name"]].dropna() if metric["name"] in rows else pd.Series(dtype=float)
+        slack = 1e-6
+        assert metric["low"] is None or (values >= metric["low"] - slack).all(), metric["name"]
+        assert metric["high"] is None or (values <= metric["high"] + slack).all(), metric["name"]
+
+
+def test_hooks_and_sinks_raise_no_warning_of_any_kind(tmp_path):
+    "A whole run, with a stop and a resume, under `python -W error`."
+    script = f"""
+import torch
+from pathlib import Path
+from lal.core.config import make_config
+from lal.core.trainer import Trainer
+from lal.hooks.registry import create_hooks
+for unit in (dict(epochs=6), dict(steps=24)):
+    config = make_config(**{BASE}, **unit, name=next(iter(unit)), hooks="full", sinks=["jsonl", "csv"], log_every=2, profile_hooks=True,
+        hook_options={{"hessian": {{"every_n_steps": 4, "burst_length": 3, "displacement": True}}}})
+    Trainer(config, {str(tmp_path)!r}, progress=False, hooks=create_hooks(config)).fit()
+    more = dict(extra_epochs=2) if "epochs" in unit else dict(extra_steps=3)
+    Trainer(config, {str(tmp_path)!r}, progress=False, hooks=create_hooks(config)).fit(**more)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_the_console_shows_the_newest_row_of_each_hook(tmp_path, capsys):
+    fit(configure(**ALL | dict(sinks=["console"])), tmp_path)
+    said = capsys.readouterr()
+    assert said.out == "" and {line.split()[0] for line in said.err.splitlines()} == {"training_metrics", "norms", "consecutive", "hessian"}
+    assert re.search(r"hessian  step 50 .*entanglement_norm", said.err)
+
+
+# 10. What a hook remembers, and where that goes wrong.
+
+
+class Keeping(Hook):
+    "Keeps the batch of its first step, as the page on the framework says one may."
+
+    kind = "intervention"
+    metrics = (FINE,)
+
+    def post_step(self, state):
+        if not hasattr(self, "kept"): self.kept = state.batch
+        return {"fine": state.loss_at(state.weights(), self.kept) + 0 * self.kept.x.sum()}
+
+
+class KeepingLive(Hook):
+    "Keeps a live parameter: after a resume it would be a copy that moves no more."
+
+    metrics = (FINE,)
+
+    def post_step(self, state):
+        if not hasattr(self, "kept"): self.kept = first(state)
+        return {"fine": self.kept.sum()}
+
+
+class KeepingInTheClass(Hook):
+    "Keeps its numbers in a list that belongs to the class."
+
+    metrics = (FINE,)
+    kept = []
+
+    def post_step(self, state):
+        self.kept.append(1.0)
+        return {"fine": len(self.kept)}
+
+
+def fault(reason):
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+KEEPERS = [
+    pytest.param(Keeping, marks=fault("a Batch comes back as a plain tuple")),
+    pytest.param(KeepingLive, marks=fault("a live parameter is remembered, and comes back as a copy of what it was")),
+    pytest.param(KeepingInTheClass, marks=fault("a list in the class is no attribute of the hook: not saved, not fresh in the next run")),
+]
+
+
+@pytest.mark.parametrize("cls", KEEPERS)
+def test_what_is_kept_survives_a_resume_or_is_refused_by_name(cls, tmp_path):
+    try:
+        fit(configure(name="straight"), tmp_path, Hooks([cls()]))
+    except (HookError, ConfigError) as error:
+        assert "kept" in str(error) and "\n" not in str(error)
+        return
+    fit(configure(name="stopped"), tmp_path, Hooks([cls()]), stop=22)
+    fit(configure(name="stopped"), tmp_path, Hooks([cls()]), resume=True)
+    equal_rows(tmp_path / "straight", tmp_path / "stopped")
+
+
+@fault("the second state's batches are evaluated with the first state's network")
+def test_one_object_in_loops_of_ones_own_follows_the_state_it_is_given(dropout):
+    hooks = Hooks([Masked()])
+    for seed in (1, 2):
+        state = small_state(seed=seed)
+        for _ in range(2):
+            train_step(state, state.batches.of_epoch(), None, hooks.fire)
+            hooks.fire(POST_STEP, state)
+    assert hooks.table("masked").same.max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["step", "epoch"])
+@fault("a metric called step or epoch takes the place of the row's own")
+def test_a_metric_cannot_take_the_name_of_a_rows_own_column(name, tmp_path):
+    odd = a_hook(metrics=(FINE, Metric(name, "x", (0, None), "a number")))(lambda self, state: {"fine": 1, name: 3})
+    try:
+        folder = fit(configure(), tmp_path, Hooks([odd()])).folder
+    except ConfigError as error:
+        assert name in str(error)
+        return
+    rows = folder.table("hooks/odd").read()
+    assert rows.step.tolist() == [*range(1, 61)] and rows.epoch.tolist() == [-(-s // 4) for s in rows.step]
+
+
+@fault("RecursionError: __getattr__ asks for train_state, which is not there yet")
+def test_a_view_can_be_copied():
+    import copy
+
+    view = HookState(small_state())
+    assert copy.copy(view).step == view.step
