@@ -708,7 +708,10 @@ class Hooks:
         before, problem, result = marks(state, whole), None, None
         if self.offload:
             move(hook, state.device)
-        with generators_kept(state.device, whole):
+        foreign = not type(hook).__module__.startswith(
+            "lal."
+        )  # ours are known not to draw
+        with generators_kept(state.device, whole or foreign):
             try:
                 with self.timed(hook, point, state) if self.profiled else nullcontext():
                     result = getattr(hook, point)(self.view)

@@ -37,22 +37,25 @@ def is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
 METRICS = (
     Metric("entanglement_norm", r"\|H_B\,g_A\|", (0, None), "how much A's gradient, as a step, would change B's gradient, per unit of learning rate"),
     Metric("content_norm", r"\|g_B\|", (0, None), "B's own gradient, at the weights before A"),
-    Metric("observed_grad_norm", r"\|g_\text{obs}\|", (0, None), "the gradient that step B used, after clipping"),
-    Metric("clip_factor", r"\min(1, c / \|\nabla L_B\|)", (0, 1), "what clipping multiplied it by; 1: not clipped"),
-    Metric("entanglement_energy_ratio", r"\|H_B g_A\|^2 / (\|H_B g_A\|^2 + \|g_B\|^2)", (0, 1), "share of the entanglement in the energy of both, before the learning rate enters. 0: the order of A and B does not matter to first order; 1 does not say that it does"),
-    Metric("entanglement_content_cossim", r"\cos(H_B g_A,\; g_B)", (-1, 1), "positive: the entanglement shrinks the observed gradient. Negative: it makes it larger"),
+    Metric("observed_grad_norm", r"\|\text{obs}\|", (0, None), "the gradient that step B used, here after clipping"),
+    Metric("clip_factor", r"\min(1, \text{grad\_clip} / \|\text{obs}\|)", (0, 1), "what clipping multiplied it by; 1: not clipped"),
+    Metric("entanglement_energy_ratio", r"\|H_B g_A\|^2 / (\|H_B g_A\|^2 + \|g_B\|^2)", (0, 1), "which of the two is longer, before the learning rate enters; near 1 wherever the curvature is far above 1"),
+    Metric("sgd_change", r"\eta\, \|H_B g_A\| / \|g_B\|", (0, None), "the same with the learning rate: by how much of its length a plain gradient step along −g_A would change B's gradient, to first order"),
+    Metric("relative_change", r"\|\text{obs} - g_B\| / \|g_B\|", (0, None), "by how much of its length the step that was really made changed B's gradient (before clipping), for every optimizer"),
+    Metric("content_kept", r"\langle \text{obs}, g_B \rangle / \|g_B\|^2", (None, None), "what is left of B's own gradient after that step. 1: all of it. 0: none. Negative: it points back"),
+    Metric("change_cossim", r"\cos(\text{obs} - g_B,\; -H_B g_A)", (-1, 1), "1: the real change is along the entanglement, as plain SGD has it"),
+    Metric("batch_cossim", r"\cos(g_A,\; g_B)", (-1, 1), "do the two batches ask for the same?"),
+    Metric("entanglement_content_cossim", r"\cos(H_B g_A,\; g_B)", (-1, 1), "positive: a small step along −g_A shrinks B's gradient. Negative: it makes it longer"),
     Metric("rayleigh_quotient", r"g_A^\top H_B\, g_A / \|g_A\|^2", (None, None), "curvature of B's loss along A's gradient. Negative: the loss bends downwards there"),
     Metric("amplification_ratio", r"\|H_B g_A\| / \|g_A\|", (0, None), "how much longer the product is than the vector; at most the largest |λ| of H_B"),
-    Metric("edge_of_stability", r"\max(0,\; g_A^\top H_B\, g_A / \|g_A\|^2)", (0, None), "a lower bound on the largest eigenvalue of H_B"),
-    Metric("stability_margin", r"\eta \cdot \text{edge} / \text{limit}", (0, None), "1: at the edge of stability along this direction (limit 2 for SGD, 2(1+β) with momentum); absent for Adam and AdamW"),
+    Metric("edge_of_stability", r"\max(0,\; g_A^\top H_B\, g_A / \|g_A\|^2)", (0, None), "where positive, a lower bound on the largest eigenvalue of H_B"),
+    Metric("stability_margin", r"\eta \cdot \text{edge\_of\_stability} / \text{limit}", (0, None), "share of the optimizer's limit (2 for SGD, 2(1+β) with momentum) that this curvature uses up; a direction with more than 1 would overshoot further with every step. Absent for Adam and AdamW"),
     Metric("entanglement_coherence", r"\cos(H_B g_A,\; \text{that of the step before})", (-1, 1), "1: consecutive entanglements add up. 0: they have nothing in common. Inside a burst, from its second row"),
-    Metric("relative_change", r"\|\text{obs} - g_B\| / \|g_B\|", (0, None), "by how much the step that was really made changed B's gradient (obs before clipping), for every optimizer. 1: as much as B had to say"),
-    Metric("change_cossim", r"\cos(\text{obs} - g_B,\; -H_B g_A)", (-1, 1), "1: the real change is along the entanglement, as plain SGD has it"),
-    Metric("entanglement_cossim_to_solution", r"\cos(+H_B g_A,\; \theta_\text{ref} - \theta)", (-1, 1), "positive: the entanglement moves the weights towards the reference", "reference"),
-    Metric("content_cossim_to_solution", r"\cos(-g_B,\; \theta_\text{ref} - \theta)", (-1, 1), "positive: the content moves the weights towards the reference", "reference"),
+    Metric("entanglement_cossim_to_solution", r"\cos(+H_B g_A,\; \theta_\text{ref} - \theta)", (-1, 1), "positive: with plain SGD the entanglement moves the weights towards the reference", "reference"),
+    Metric("content_cossim_to_solution", r"\cos(-g_B,\; \theta_\text{ref} - \theta)", (-1, 1), "positive: with plain SGD the content moves the weights towards the reference", "reference"),
     Metric("relative_fd_error", r"\|\widehat{Hg} - Hg\| / \|Hg\|", (0, None), "error of the finite difference against the exact product", "check_every"),
-    Metric("eta_residual", r"\|\text{obs} - (g_B - \eta H_B g_A)\| / \|\text{obs} - g_B\|", (0, None), "0: the first-order picture is exact. 1: it explains nothing. Plain SGD only"),
-    Metric("displacement_residual", r"\|\text{obs} - g_B - H_B(\theta_B - \theta)\| / \|\text{obs} - g_B\|", (0, None), "the same along the step that was really made, for every optimizer", "displacement"),
+    Metric("eta_residual", r"\|\text{obs} - (g_B - \eta' H_B g_A)\| / \|\text{obs} - g_B\|", (0, None), "η′: η times A's clip factor. 0: the first-order picture is exact. 1: no better than none. Plain SGD only"),
+    Metric("displacement_residual", r"\|\text{obs} - g_B - H_B(\theta_B - \theta)\| / \|\text{obs} - g_B\|", (0, None), "the same along the step that was really made, from θ to the weights θ_B before B's step, for every optimizer", "displacement"),
     Metric("entanglement_norm/<parameter>", r"\|(H_B\,g_A)_p\|", (0, None), "the part in one tensor", "per_parameter"),
     Metric("content_norm/<parameter>", r"\|(g_B)_p\|", (0, None), "the part in one tensor", "per_parameter"),
     Metric("entanglement_content_cossim/<parameter>", r"\cos((H_B g_A)_p,\; (g_B)_p)", (-1, 1), "the cosine inside one tensor", "per_parameter"),
@@ -74,7 +77,7 @@ class Hessian(Hook):
         above(0),
     )
     check_every: int | None = key(
-        10, "rows from one check against the exact product to the next", at_least(1)
+        7, "rows from one check against the exact product to the next", at_least(1)
     )
     displacement: bool = key(False, "measure displacement_residual, one product more")
     per_parameter: bool = key(False, "norms and cosines of each tensor too")
@@ -108,6 +111,7 @@ class Hessian(Hook):
         change = minus(state.unclipped(), content)
         found = self.compare(state, bent, content, g_a)
         found["relative_change"] = norm(change) / norm(content)
+        found["content_kept"] = 1 + dot(change, content) / norm(content) ** 2
         found["change_cossim"] = -cosine(change, bent)
         if self.last_at == state.step - 1:
             found["entanglement_coherence"] = cosine(bent, self.last)
@@ -152,6 +156,8 @@ class Hessian(Hook):
             "observed_grad_norm": norm(state.grads()),
             "clip_factor": 1.0 if clip is None else clip,
             "entanglement_energy_ratio": size**2 / (size**2 + own**2),
+            "sgd_change": state.lr * size / own,
+            "batch_cossim": cosine(g_a, content),
             "entanglement_content_cossim": cosine(bent, content),
             "rayleigh_quotient": rayleigh,
             "amplification_ratio": size / first,

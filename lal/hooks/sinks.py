@@ -106,6 +106,6 @@ def create_sinks(names: list[str] | None) -> list:
     "Sinks by name. Raises `ConfigError` for a name that is none."
     for name in names or ():
         if str(name) not in SINKS:
-            reason = f"no sink is called {str(name)!r}{nearest(name, SINKS) or ';'} there are {', '.join(SINKS)}"
+            reason = f"no sink is called {name!r}{nearest(name, SINKS) or ';'} there are {', '.join(SINKS)}"
             raise ConfigError(reason, "sinks", names)
     return [SINKS[name]() for name in names or ()]
