@@ -106,9 +106,8 @@ BENDS = "How one batch bends the next"
 HOW_TO_READ = (
     "Take two steps in a row, on batch A and then on batch B: the content is the gradient that B has "
     "before A's step, the entanglement how that gradient changes along A's, before the learning rate scales it. "
-    "The energy ratio is near 0 where the content is by far the longer of the two, near 1 where the entanglement is. "
-    "The relative change is what the real step did, learning rate included: at 1 it changed B's gradient by as much as B had to say. "
-    "A positive cosine means that a step down A's gradient shortens B's, a negative one that it adds to it; "
+    "The relative change is what the real step did to B's gradient: at 1 it changed it by as much as it was long. "
+    "A positive cosine means that a small step down A's gradient shortens B's, a negative one that it adds to it; "
     "a coherence near 0 means that every pair of batches is bent in a direction of its own."
 )
 

@@ -18,7 +18,7 @@ class Norms(Hook):
     metrics = (
         Metric("total_norm", r"\|\bar g\|_2", (0, None), "length of the epoch's mean gradient, in nats per unit of weight"),
         Metric("max_component", r"\max_i |\bar g_i|", (0, None), "its largest entry"),
-        Metric("mean_component", r"\frac1n \sum_i |\bar g_i|", (0, None), "mean size of an entry; far below the largest: few weights carry it"),
+        Metric("mean_component", r"\frac1n \sum_i |\bar g_i|", (0, None), "mean size of an entry"),
         Metric("norm/<layer>", r"\|\bar g_\ell\|_2", (0, None), "length of the part in one layer"),
     )  # fmt: skip
 

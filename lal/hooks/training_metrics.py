@@ -15,7 +15,7 @@ class TrainingMetrics(Hook):
     metrics = (
         Metric("loss", r"\ell_t", (0, None), "mean cross-entropy of the step's batch before the step, in nats"),
         Metric("lr", r"\eta_t", (0, None), "learning rate of the step"),
-        Metric("perplexity", r"e^{\ell_t}", (1, None), "answers among which it is guessing evenly; 1: none left"),
+        Metric("perplexity", r"e^{\ell_t}", (1, None), "answers among which it is guessing evenly; 1: certain"),
         Metric("train_acc", r"\frac1N \#\{i : \hat y_i = y_i\}", (0, 1), "accuracy on all training examples, at log points"),
         Metric("val_acc", r"\frac1N \#\{i : \hat y_i = y_i\}", (0, 1), "accuracy on the examples not trained on, at log points; the history's test_acc"),
     )  # fmt: skip
