@@ -1,5 +1,6 @@
 "The hook `hessian` against closed forms, through `train_step` and `Hooks.fire`: quadratic and cubic losses, every scheme, optimizer and option."
 import math, warnings
+from collections import Counter
 import numpy as np
 import pytest
 import torch
@@ -99,6 +100,11 @@ def wanted(step, before, cubic, optimizer, clip, reference, epsilon, last):
         "observed_grad_norm": factor(used) * used.norm(),
         "clip_factor": factor(used),
         "entanglement_energy_ratio": bent.norm() ** 2 / (bent.norm() ** 2 + content.norm() ** 2),
+        "sgd_change": rate[1] * bent.norm() / content.norm(),
+        "relative_change": gap.norm() / content.norm(),
+        "content_kept": used @ content / (content @ content),
+        "change_cossim": -cos(gap, bent),
+        "batch_cossim": cos(g_a, content),
         "entanglement_content_cossim": cos(bent, content),
         "rayleigh_quotient": rayleigh,
         "amplification_ratio": bent.norm() / g_a.norm(),
@@ -164,12 +170,40 @@ class AtTheCurrentWeights(Hessian):
         return super().measure(state, here, here, rate)
 
 
-class AtTheOtherGradient(Hessian):
+class Shadowed(Hessian):
+    "Measures with something on the state replaced by another."
+
     name = "hessian"
 
     def measure(self, state, theta, here, rate):
-        state.previous_grad = state.unclipped()
-        return super().measure(state, theta, here, rate)
+        instead = self.instead(state)
+        kept = {name: vars(state)[name] for name in instead if name in vars(state)}
+        vars(state).update(instead)
+        try:
+            return super().measure(state, theta, here, rate)
+        finally:
+            for name in instead: del vars(state)[name]
+            vars(state).update(kept)
+
+
+class AtTheOtherGradient(Shadowed):
+    def instead(self, state):
+        return {"previous_grad": state.unclipped()}
+
+
+class AtTheRateOfA(Shadowed):
+    def instead(self, state):
+        return {"lr": state.lr / DECAY}
+
+
+class AtTheClippedRate(Shadowed):
+    def instead(self, state):
+        return {"lr": state.lr * state.clip_factor}
+
+
+class WithTheClippedGradient(Shadowed):
+    def instead(self, state):
+        return {"unclipped": lambda: {name: g.clone() for name, g in state.grads().items()}}
 
 
 class WithTheNewRate(Hessian):
@@ -179,16 +213,24 @@ class WithTheNewRate(Hessian):
         return super().measure(state, theta, here, self.rate)
 
 
+OTHERWISE = [  # what is done otherwise, with which clipping, and the metrics that must show it in every row
+    (AtTheCurrentWeights, None, {"entanglement_norm", "content_norm", "sgd_change", "relative_change", "content_kept", "batch_cossim"}),
+    (AtTheOtherGradient, None, {"rayleigh_quotient", "sgd_change", "change_cossim", "batch_cossim"}),
+    (WithTheNewRate, None, {"eta_residual"}),
+    (AtTheRateOfA, None, {"sgd_change", "stability_margin"}),
+    (AtTheClippedRate, 0.5, {"sgd_change"}),
+    (WithTheClippedGradient, 0.5, {"relative_change", "content_kept", "change_cossim"}),
+]
+
+
 @pytest.mark.filterwarnings("ignore:hook hessian")
-@pytest.mark.parametrize(
-    "cls, shown_by",
-    [(AtTheCurrentWeights, "entanglement_norm"), (AtTheCurrentWeights, "content_norm"), (AtTheOtherGradient, "rayleigh_quotient"), (WithTheNewRate, "eta_residual")],
-)
-def test_these_tests_notice_a_product_at_another_place(cls, shown_by):
+@pytest.mark.parametrize("cls, clip, shown_by", OTHERWISE)
+def test_these_tests_notice_a_product_at_another_place(cls, clip, shown_by):
     options = dict(scheme="exact", **EACH, **EVERY)
-    rows, before = observed(cls(**options), True, "sgd", None, AS_DICT)
-    bad = wrong(rows, before, True, "sgd", None, REFERENCE, 0.0, True)
-    assert {name for _, name in bad} >= {shown_by} and len([name for _, name in bad if name == shown_by]) == STEPS - 1
+    rows, before = observed(cls(**options), True, "sgd", clip, AS_DICT)
+    bad = Counter(name for _, name in wrong(rows, before, True, "sgd", clip, REFERENCE, 0.0, True))
+    curved = sum(row["edge_of_stability"] > 0 for row in rows)  # elsewhere the margin is 0 at every rate
+    assert {name: bad[name] for name in shown_by} == {name: curved if name == "stability_margin" else STEPS - 1 for name in shown_by}
 
 
 @pytest.mark.filterwarnings("ignore:hook hessian")
@@ -206,9 +248,10 @@ def test_metrics_that_were_not_asked_for_are_absent():
     assert not absent & rows[0].keys() and not [name for name in rows[0] if "/" in name]
 
 
-@pytest.mark.parametrize("every, at", [(1, [2, 3, 4, 5, 6, 7]), (4, [2, 6]), (10, [2])])
-def test_the_error_is_checked_at_every_so_manieth_row(every, at):
-    rows, _ = clean(Hessian(**EACH, check_every=every), True)
+@pytest.mark.parametrize("options, at", [(dict(check_every=1), [*range(2, 18)]), (dict(check_every=4), [2, 6, 10, 14]), (dict(check_every=16), [2]), ({}, [2, 9, 16])], ids=str)
+def test_the_error_is_checked_at_every_so_manieth_row(options, at):
+    rows, _ = clean(Hessian(**EACH, **options), True, clip=0.5, steps=17)  # without clipping such a cubic runs away
+    assert [row["step"] for row in rows] == [*range(2, 18)]
     assert [row["step"] for row in rows if row["relative_fd_error"] == row["relative_fd_error"]] == at
 
 
@@ -231,20 +274,26 @@ def test_two_steps_of_plain_sgd_fix_the_signs(clip):
         assert rows[-1][f"{name}_cossim_to_solution"] == pytest.approx(-1, abs=1e-9)
 
 
-def test_a_positive_cosine_means_that_the_entanglement_shrinks_the_gradient():
-    "Equal batches with H = I: the step makes the next gradient shorter by the factor 1 − η."
+@pytest.mark.parametrize("lr, clip", [(0.1, None), (0.1, 0.5), (2.5, None)])
+def test_a_positive_cosine_means_that_the_entanglement_shrinks_the_gradient(lr, clip):
+    "Equal batches with H = I: the step makes the next gradient shorter by the factor 1 − η, and beyond η = 1 turns it round."
     model = Polynomial()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     data = Batches(torch.zeros(1), torch.zeros(1), None, None, generator(0, "order"))
     state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0), data, None, criterion=lambda out, y: out.mean())
     x = torch.cat([torch.eye(N, dtype=F64), torch.zeros(N, N + 1, dtype=F64)], 1)
     hooks = Hooks([Hessian(**EACH)])
     for _ in range(3):
-        train_step(state, (x, torch.zeros(1)), None, hooks.fire)
+        train_step(state, (x, torch.zeros(1)), clip, hooks.fire)
         hooks.fire(POST_STEP, state)
     row = hooks.table("hessian").iloc[-1]
-    assert row.entanglement_content_cossim == pytest.approx(1) and row.observed_grad_norm == pytest.approx(0.9 * row.content_norm)
-    assert row.entanglement_energy_ratio == pytest.approx(0.5) and row.stability_margin == pytest.approx(0.05)
+    factor = 1 if clip is None else clip / row.content_norm  # A's, whose gradient is the content
+    assert factor == 1 or factor < 0.5
+    assert row.entanglement_content_cossim == pytest.approx(1) and row.observed_grad_norm == pytest.approx(clip or abs(1 - lr) * row.content_norm)
+    assert row.entanglement_energy_ratio == pytest.approx(0.5) and row.stability_margin == pytest.approx(lr / 2)
+    assert row.sgd_change == pytest.approx(lr) and row.relative_change == pytest.approx(lr * factor, rel=1e-5)
+    assert row.content_kept == pytest.approx(1 - lr * factor, rel=1e-5)
+    assert row.change_cossim == pytest.approx(1) and row.batch_cossim == pytest.approx(1)
 
 
 # A small network, in float64.
@@ -274,6 +323,14 @@ def test_what_the_first_order_picture_leaves_out_shrinks_linearly_in_the_rate():
     slopes = np.polyfit(np.log(RATES), np.log(found), 1)[0]
     assert np.abs(slopes - 1).max() < 0.03, slopes
     assert found[0].max() < 0.1 and (np.diff(found, axis=0) < 0).all()
+
+
+def test_for_small_rates_plain_sgd_changes_what_the_entanglement_says():
+    rows = [real("sgd", lr) for lr in RATES]
+    off = np.array([row.relative_change / row.sgd_change - 1 for row in rows])
+    turned = np.array([1 - row.change_cossim for row in rows])
+    print(off, turned)
+    assert False
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
