@@ -585,6 +585,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'lal.hooks.framework.declared_options': ( 'hooks/framework.html#declared_options',
                                                                                'lal/hooks/framework.py'),
                                      'lal.hooks.framework.diverged': ('hooks/framework.html#diverged', 'lal/hooks/framework.py'),
+                                     'lal.hooks.framework.fires_too_late': ( 'hooks/framework.html#fires_too_late',
+                                                                             'lal/hooks/framework.py'),
                                      'lal.hooks.framework.generators_kept': ( 'hooks/framework.html#generators_kept',
                                                                               'lal/hooks/framework.py'),
                                      'lal.hooks.framework.load_reference': ( 'hooks/framework.html#load_reference',

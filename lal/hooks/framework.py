@@ -6,8 +6,8 @@
 __all__ = ['FOR_STEPS', 'FOR_EPOCHS', 'MOST_PENDING', 'REGISTRY', 'Metric', 'Needs', 'Hook', 'points_of', 'declared_options',
            'Batch', 'replaying', 'HookState', 'load_reference', 'marks', 'sums', 'generators_kept', 'HookError',
            'plain', 'unplain', 'moved', 'size_of', 'Calendar', 'Kept', 'Rows', 'as_number', 'Hooks', 'as_begun',
-           'check_hooks', 'present', 'move', 'remembered', 'never_fires', 'said_at', 'diverged', 'declaration',
-           'question', 'metrics_markdown', 'options_markdown', 'said_range', 'said_with', 'register']
+           'check_hooks', 'present', 'move', 'remembered', 'never_fires', 'fires_too_late', 'said_at', 'diverged',
+           'declaration', 'question', 'metrics_markdown', 'options_markdown', 'said_range', 'said_with', 'register']
 
 # %% ../../nbs/hooks/01_framework.ipynb #127dd27c
 import copy, inspect, json, math, random, re, time, warnings
@@ -632,6 +632,8 @@ class Hooks:
             vars(hook).update(copy.deepcopy(fresh))
             if config is not None and (reason := never_fires(hook, config)):
                 raise ConfigError(f"hook {hook.name} {reason}")
+            if config is not None and (reason := fires_too_late(hook, config, state)):
+                warnings.warn(f"hook {hook.name} {reason}", stacklevel=2)
         view = self.view = HookState(state, 0 if config is None else config.seed)
         if self.wanted is not None:
             view.reference = load_reference(self.wanted, root, state)
@@ -748,7 +750,9 @@ class Hooks:
         line = (str(error).splitlines() or [""])[0]
         said = f"{said_at(hook, point, state)}: {type(error).__name__}: {line}"
         if self.on_error == "stop":
-            way_out = "with on_error = skip the run goes on without it"
+            way_out = (
+                "with on_error = skip the run goes on, and the hook is called again"
+            )
             raise HookError(f"{said} ({way_out})") from error
         self.rows.report(hook.name, "raised", f"{said}; skipped")
 
@@ -850,6 +854,20 @@ def never_fires(hook, config: Config) -> str | None:
     if config.unit == "step" and not points & {PRE_STEP, POST_STEP, SNAPSHOT}:
         return "fires at the points of an epoch, which a run that counts steps does not pass"
     return None
+
+# %% ../../nbs/hooks/01_framework.ipynb #1166256d
+def fires_too_late(hook: Hook, config: Config, state: TrainState) -> str | None:
+    "Why a hook of steps will have no row when the run is over, or `None`."
+    if not {*points_of(hook)} <= {PRE_STEP, POST_STEP}:
+        return None
+    n, examples = hook.every_n_steps, len(state.batches.y)
+    first = n * max(1, -(-hook.warmup_steps // n))
+    each = (
+        1 if config.unit == "step" else -(-examples // (config.batch_size or examples))
+    )
+    if first <= config.last * each:
+        return None
+    return f"fires first at step {first}, and the run has {config.last * each}: set every_n_steps"
 
 # %% ../../nbs/hooks/01_framework.ipynb #bdd83e7b
 def said_at(hook, point: str, state: TrainState) -> str:
