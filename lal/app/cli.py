@@ -286,9 +286,11 @@ def hook_keys(source: str, wanted: dict) -> dict:
     options = wanted.get("hook_options", file.get("hook_options"))
     if not isinstance(options, dict | None):
         return keys
-    options = dict(options or {})
-    if isinstance(keys.get("hooks"), (str, list)) and "hook_options" not in wanted:
-        options = {n: o for n, o in options.items() if n in choose(keys["hooks"])}
+    on = keys.get("hooks", file.get("hooks", "none"))
+    if isinstance(on, (str, list)):
+        for name in wanted["single"].keys() - {*choose(on)}:
+            reason = f"{name} is not switched on: add it to --hooks"
+            raise ConfigError(reason, source="--hook")
     changed = merged(options, wanted["single"])
     return (
         keys

@@ -926,7 +926,7 @@ def said_range(range: tuple) -> str:
     left = "(−" if range[0] is None else "["
     return f"{left}{low}, {high}{')' if range[1] is None else ']'}".replace("-", "−")
 
-
+# %% ../../nbs/hooks/01_framework.ipynb #09393c09
 def said_with(metric: Metric) -> str:
     "When a metric is there, if not always."
     return f" (only with `{metric.only_with}`)" if metric.only_with else ""

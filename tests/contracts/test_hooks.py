@@ -152,12 +152,21 @@ def test_a_stopped_run_gives_the_rows_of_an_uninterrupted_one(unit, at, straight
 
 
 @each_unit
-@pytest.mark.parametrize("warmup, begin", [(0, 7), (7, 7), (8, 14), (60, 61)])
+@pytest.mark.parametrize("warmup, begin", [(0, 7), (7, 7), (8, 14), (56, 56)])
 def test_a_burst_as_long_as_its_period_or_longer_lasts_from_the_first_burst_on(unit, warmup, begin, tmp_path):
     for length in (7, 8, 1000):
         hooks = Hooks([a_hook()(lambda self, state: {"fine": state.step})(every_n_steps=7, burst_length=length, warmup_steps=warmup)])
         fit(configure(unit, name=f"{length}"), tmp_path, hooks)
-        assert hooks.table("odd").get("step", pd.Series()).tolist() == [*range(begin, 61)]
+        assert hooks.table("odd").step.tolist() == [*range(begin, 61)]
+
+
+@each_unit
+def test_a_hook_that_would_begin_after_the_end_is_named_in_one_warning_and_has_no_row(unit, tmp_path):
+    for name, options, first in (("late", dict(every_n_steps=7, warmup_steps=57), 63), ("later", dict(every_n_steps=61), 61)):
+        hooks = Hooks([a_hook()(lambda self, state: {"fine": 1})(**options)])
+        with pytest.warns(UserWarning) as said: fit(configure(unit, name=name), tmp_path, hooks)
+        assert [str(w.message).partition(":")[0] for w in said] == [f"hook odd fires first at step {first}, and the run has 60"]
+        assert not len(hooks.table("odd"))
 
 
 @each_unit
@@ -463,7 +472,7 @@ REFERENCES = [
 def test_a_wrong_reference_is_one_clear_line_and_nothing_is_written(which, words, finished):
     before = sorted(finished.rglob("*"))
     given = {"reference": which} if isinstance(which, str) else {}
-    config = configure(name="new", hooks="hessian", **given)
+    config = configure(name="new", hooks="hessian", hook_options=BURSTS, **given)
     with pytest.raises(ConfigError) as error: fit(config, finished, hooks=create_hooks(config, None if given else which))
     assert all(w in str(error.value) for w in words) and "\n" not in str(error.value)
     assert [f for f in sorted(finished.rglob("*")) if f.suffix != ".lock"] == [f for f in before if f.suffix != ".lock"]
@@ -630,11 +639,12 @@ def test_hooks_of_one_name_or_without_a_point_are_refused():
 
 
 def test_a_run_is_resumed_with_the_hooks_it_had(tmp_path):
-    fit(configure(), tmp_path, Hooks([Norms(), Hessian()]), stop=9)
-    for hooks in (None, Hooks([Norms()]), Hooks([Norms(), Hessian(), Consecutive()])):
+    hessian = lambda: Hessian(**BURSTS["hessian"])
+    fit(configure(), tmp_path, Hooks([Norms(), hessian()]), stop=9)
+    for hooks in (None, Hooks([Norms()]), Hooks([Norms(), hessian(), Consecutive()])):
         with pytest.raises(ConfigError) as error: fit(configure(), tmp_path, hooks, resume=True)
         assert "hooks" in str(error.value) and "\n" not in str(error.value)
-    fit(configure(), tmp_path, Hooks([Hessian(), Norms()]), resume=True)
+    fit(configure(), tmp_path, Hooks([hessian(), Norms()]), resume=True)
 
 
 # 7. Who changes training is stopped.
