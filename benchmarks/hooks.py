@@ -86,8 +86,8 @@ def one_firing(hook, state, config):
     def work():
         vars(hook).update(memory)
         if "at" in memory: hook.at, hook.last_at = state.step - 1, state.step - 1  # the Hessian hook: the last step was the one before
-        view.previous_grad = kept
-        view.epoch_grad = view.unclipped() if hook.needs & Needs.EPOCH_GRAD else None
+        mean = view.unclipped() if hook.needs & Needs.EPOCH_GRAD else None
+        view.show(previous_grad=kept, epoch_grad=mean)
         for point in points_of(hook): getattr(hook, point)(view)
 
     return work

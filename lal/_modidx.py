@@ -523,6 +523,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'lal/hooks/framework.py'),
                                      'lal.hooks.framework.HookState.loss_on': ( 'hooks/framework.html#hookstate.loss_on',
                                                                                 'lal/hooks/framework.py'),
+                                     'lal.hooks.framework.HookState.show': ( 'hooks/framework.html#hookstate.show',
+                                                                             'lal/hooks/framework.py'),
                                      'lal.hooks.framework.HookState.trained': ( 'hooks/framework.html#hookstate.trained',
                                                                                 'lal/hooks/framework.py'),
                                      'lal.hooks.framework.HookState.unclipped': ( 'hooks/framework.html#hookstate.unclipped',
