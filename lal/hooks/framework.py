@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FOR_STEPS', 'FOR_EPOCHS', 'A_BATCH', 'MOST_PENDING', 'REGISTRY', 'Metric', 'Needs', 'Hook', 'points_of',
-           'declared_options', 'Batch', 'replaying', 'HookState', 'load_reference', 'marks', 'sums', 'generators_kept',
-           'HookError', 'plain', 'unplain', 'moved', 'size_of', 'Calendar', 'Kept', 'Rows', 'as_number', 'Hooks',
-           'as_begun', 'check_hooks', 'present', 'move', 'remembered', 'never_fires', 'fires_too_late', 'said_at',
-           'diverged', 'declaration', 'question', 'metrics_markdown', 'options_markdown', 'said_range', 'said_with',
-           'register']
+           'fires_at_steps', 'declared_options', 'Batch', 'replaying', 'HookState', 'load_reference', 'marks', 'sums',
+           'generators_kept', 'HookError', 'plain', 'unplain', 'moved', 'size_of', 'Calendar', 'Kept', 'Rows',
+           'as_number', 'Hooks', 'as_begun', 'check_hooks', 'present', 'move', 'remembered', 'never_fires',
+           'fires_too_late', 'said_at', 'diverged', 'declaration', 'question', 'metrics_markdown', 'options_markdown',
+           'said_range', 'said_with', 'register']
 
 # %% ../../nbs/hooks/01_framework.ipynb #127dd27c
 import copy, inspect, json, math, random, re, time, warnings
@@ -138,6 +138,11 @@ class Hook:
 def points_of(hook) -> tuple[str, ...]:
     "The points at which a hook, or class of hooks, fires."
     return tuple(point for point in POINTS if callable(getattr(hook, point, None)))
+
+# %% ../../nbs/hooks/01_framework.ipynb #3f6beca3
+def fires_at_steps(hook) -> bool:
+    "Whether a hook has a method for the points of a step."
+    return hasattr(hook, PRE_STEP) or hasattr(hook, POST_STEP)
 
 # %% ../../nbs/hooks/01_framework.ipynb #4c6ad177
 def declared_options(cls: type) -> dict[str, tuple]:
@@ -426,14 +431,12 @@ class Calendar:
         return c.unit == unit and (n % c.log_every == 0 or n == c.last)
 
     def due_step(self, hook: Hook, step: int, epoch: int) -> bool:
-        "Whether a hook fires at the points of this step."
-        if not {PRE_STEP, POST_STEP} & {*points_of(hook)}:
-            return False
+        "Whether a hook of steps fires at this one."
         return hook.due_step(step, epoch, lambda n: self.log_point("step", n))
 
     def due_epoch(self, hook: Hook, epoch: int) -> bool:
-        "Whether a hook fires at the points of this epoch."
-        if self.by_steps or not {PRE_EPOCH, POST_EPOCH} & {*points_of(hook)}:
+        "Whether a hook of epochs fires at this one."
+        if self.by_steps:
             return False
         return hook.due_epoch(epoch, lambda n: self.log_point("epoch", n))
 
@@ -448,8 +451,12 @@ class Kept:
 
     def __init__(self, hooks: list[Hook], calendar: Calendar, offload: bool = False):
         self.calendar, self.offload = calendar, offload
-        self.of_epoch = [h for h in hooks if h.needs & Needs.EPOCH_GRAD]
-        self.of_step = [h for h in hooks if h.needs & Needs.PREVIOUS_GRAD]
+        self.of_epoch = [
+            h for h in hooks if h.needs & Needs.EPOCH_GRAD and hasattr(h, POST_EPOCH)
+        ]
+        self.of_step = [
+            h for h in hooks if h.needs & Needs.PREVIOUS_GRAD and fires_at_steps(h)
+        ]
         self.sum: Params | None = None
         self.steps = 0  # in the sum
         self.seen = 0  # steps of this epoch
@@ -458,11 +465,13 @@ class Kept:
 
     def before_step(self, view: HookState) -> None:
         "Show the gradient of the step before, if it was kept."
-        here = self.last_step == view.step - 1
+        here = self.last_step == view.train_state.step - 1
         view.show(previous_grad=moved(self.last, view.device) if here else None)
 
     def add(self, view: HookState) -> None:
         "Add this step's gradient to the epoch's; after its last step, show the mean."
+        if not self.of_epoch:
+            return
         position, used = view.batches.position, len(view.batch.y)
         self.seen += 1 if position in (0, used) or self.seen else 2  # joined half-way
         due = any(self.calendar.due_epoch(h, view.epoch) for h in self.of_epoch)
@@ -481,8 +490,9 @@ class Kept:
 
     def after_step(self, view: HookState) -> None:
         "Keep this step's gradient, if it will be asked for at the next."
-        due = any(self.calendar.due_next(h, view.train_state) for h in self.of_step)
-        self.last_step = view.step if due else None
+        s = view.train_state
+        due = any(self.calendar.due_next(h, s) for h in self.of_step)
+        self.last_step = s.step if due else None
         self.last = view.unclipped() if due else None
         if self.offload:
             self.last = moved(self.last, "cpu")
@@ -605,7 +615,8 @@ def as_number(value) -> tuple[Tensor | float | None, str]:
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             return None, f"is {list(value.shape)} {value.dtype}, not a real scalar"
-        return value.detach().reshape(()).clone(), ""
+        value = value if value.dim() == 0 else value.reshape(())
+        return value.detach().clone(), ""
     if isinstance(value, (bool, int, float, np.integer, np.floating, np.bool_)):
         try:
             return float(value), ""
@@ -656,6 +667,7 @@ class Hooks:
             for name, metrics in self.metrics.items()
         }
         self.rows = Rows(columns, self.sinks)
+        self.of_steps = [hook for hook in self.hooks if fires_at_steps(hook)]
         self.due: set[str] = set()  # at the step at hand
         self.looked: set[tuple[str, str]] = set()  # hooks and points called before
         self.seconds: dict[tuple[str, str], list[float]] = {}
@@ -693,7 +705,7 @@ class Hooks:
     def begin_step(self, state: TrainState) -> None:
         "What is due at this step, and its batch, with the generators' states if an intervention is."
         step, epoch = state.step, state.epoch
-        due = [h for h in self.hooks if self.calendar.due_step(h, step, epoch)]
+        due = [h for h in self.of_steps if self.calendar.due_step(h, step, epoch)]
         lends = any(hook.kind != "observer" for hook in due)
         self.due = {hook.name for hook in due}
         generators = rng_states(state.device) if lends else None

@@ -7,7 +7,7 @@ __all__ = ['Norms']
 
 # %% ../../nbs/hooks/04_norms.ipynb #91c84702
 import torch
-from ..curvature.params import norm
+from ..curvature.params import flatten
 from .framework import Hook, HookState, Metric, Needs
 
 # %% ../../nbs/hooks/04_norms.ipynb #7e0a7259
@@ -24,13 +24,19 @@ class Norms(Hook):
 
     def post_epoch(self, state: HookState) -> dict:
         g = state.epoch_grad
-        n = sum(t.numel() for t in g.values())
+        sizes = flatten(g).abs()
+        largest = sizes.max()
+        scale = torch.where(largest > 0, largest, 1)  # so that no square underflows
         layers = {}
         for name, t in g.items():
-            layers.setdefault(name.rpartition(".")[0] or name, {})[name] = t
+            layers.setdefault(name.rpartition(".")[0] or name, []).append(t.flatten())
+        norms = {
+            f"norm/{layer}": scale * torch.linalg.vector_norm(torch.cat(parts) / scale)
+            for layer, parts in layers.items()
+        }
         return {
-            "total_norm": norm(g),
-            "max_component": torch.stack([t.abs().max() for t in g.values()]).max(),
-            "mean_component": sum(t.abs().sum() for t in g.values()) / n,
-            **{f"norm/{layer}": norm(part) for layer, part in layers.items()},
+            "total_norm": scale * torch.linalg.vector_norm(sizes / scale),
+            "max_component": largest,
+            "mean_component": sizes.mean(),
+            **norms,
         }
