@@ -29,7 +29,7 @@ for hook in HOOKS:
 # %% ../../nbs/hooks/07_registry.ipynb #00d11130
 SETS = {
     "none": "nobody watches",
-    "minimal": "training_metrics and norms: nearly free",
+    "minimal": "training_metrics and norms: cheap",
     "observers": "every hook that only reads",
     "interventions": "every hook that evaluates the loss elsewhere",
     "full": "observers and interventions",
