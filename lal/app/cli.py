@@ -30,6 +30,7 @@ from lal.core.config import (
     ConfigError,
     a_mapping,
     check_value,
+    config_keys,
     find_config,
     keys_table,
     load_config,
@@ -233,7 +234,12 @@ def asked(
         if "hooks" in wanted:
             raise ConfigError("--hooks and --set hooks=… say the same; give one")
         wanted["hooks"] = hooks
-    if isinstance(wanted.get("hooks"), (str, list)):
+    for name, value in wanted.items():
+        try:
+            check_value(value, get_type_hints(Config)[name], config_keys()[name])
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error), name, value, "--set") from None
+    if "hooks" in wanted:
         choose(wanted["hooks"])
     wanted["single"] = single = {}
     for text in options:
@@ -314,6 +320,8 @@ def same_hooks(theirs: Config, wanted: dict) -> None:
     if "hooks" in wanted and choose(wanted["hooks"], theirs) != names:
         reason = f"the run has hooks = {theirs.hooks}, and goes on as it began"
         raise ConfigError(reason, "hooks", wanted["hooks"], "--hooks")
+    for name in wanted["single"].keys() - {*names}:
+        raise ConfigError(f"{name} is not switched on in this run", source="--hook")
     base = wanted.get("hook_options", theirs.hook_options)
     other = with_values(theirs, hook_options=merged(base, wanted["single"]) or None)
     for name in names:

@@ -145,7 +145,7 @@ class Hessian(Hook):
             "content_norm": content,
             "observed_grad_norm": length["used"],
             "clip_factor": 1.0 if clip is None else clip,
-            "entanglement_energy_ratio": bent**2 / (bent**2 + content**2),
+            "entanglement_energy_ratio": 1 / (1 + (content / bent) ** 2),
             "sgd_change": state.lr * bent / content,
             "relative_change": length["change"] / content,
             "content_kept": 1 + cos("change", "content") * length["change"] / content,
@@ -191,7 +191,7 @@ def gram(vectors: dict[str, Params]) -> tuple[dict[str, Tensor], Callable]:
     rows = rows / torch.where(largest > 0, largest, 1)
     products, place = rows @ rows.T, {name: k for k, name in enumerate(vectors)}
     roots = products.diagonal().sqrt()
-    cosines = products / (roots[:, None] * roots)
+    cosines = (products / (roots[:, None] * roots)).clamp(-1, 1)
     lengths = dict(zip(vectors, largest[:, 0] * roots))
     return lengths, lambda a, b: cosines[place[a], place[b]]
 

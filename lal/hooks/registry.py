@@ -7,12 +7,14 @@ __all__ = ['HOOKS', 'SETS', 'MINIMAL', 'members', 'choose', 'create_hooks', 'che
 
 # %% ../../nbs/hooks/07_registry.ipynb #a313541e
 from typing import Iterator
+import torch
 from ..core.config import Config, ConfigError, nearest, register_check
 from ..curvature.params import Params
 from .consecutive import Consecutive
 from lal.hooks.framework import (
     REGISTRY,
     Hooks,
+    generators_kept,
     never_fires,
     register,
 )
@@ -83,6 +85,9 @@ def create_hooks(
         if reason := never_fires(hook, config):
             raise ConfigError(f"{hook.name} {reason}", "hooks", config.hooks)
     sinks = create_sinks(config.sinks)
+    if config.reference == config.name:
+        reason = "is this run itself: name another"
+        raise ConfigError(reason, "reference", config.reference)
     if not hooks:
         return None
     return Hooks(
@@ -111,7 +116,8 @@ def check_options(name: str, given, config: Config) -> None:
 def hook_problems(config: Config) -> Iterator[tuple]:
     "What is wrong with the keys about hooks, for the check of configurations."
     try:
-        create_hooks(config)
+        with generators_kept(torch.device("cpu")):  # a hook may draw when it is made
+            create_hooks(config)
     except ConfigError as error:
         yield None, None, str(error)
 

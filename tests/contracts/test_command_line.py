@@ -52,7 +52,7 @@ def test_a_wrong_configuration_is_one_line_exit_2_and_no_run_folder(case, tmp_pa
     (("train", "quickstart", "--hooks", "minimal", "--hook", "hessian.epsilon=1"), "hessian is not switched on"), (("train", "quickstart", "--hooks", "full", "--hook", "hesian.epsilon=1"), "did you mean 'hessian'?"),
     (("train", "quickstart", "--hooks", "full", "--hook", "hessian.epsilom=1"), "did you mean 'epsilon'?"), (("train", "quickstart", "--hooks", "full", "--hook", "hessian.epsilon=fast"), "must be a number or null"),
     (("train", "quickstart", "--hooks", "full", "--hook", "hessian.epsilon=[["), "not valid YAML"), (("train", "quickstart", "--hooks", "full", "--hook", "epsilon=1"), "name.option=value"),
-    (("train", "quickstart", "--hooks", "full", "--hook", "hessian.burst_length=2000"), "every_n_steps"), (("train", "quickstart", "--hooks", "full", "--hook", "minimal.x=1"), "is a set"),
+    (("train", "quickstart", "--hooks", "full", "--hook", "hessian.burst_length=0"), "must be 1 or larger"), (("train", "quickstart", "--hooks", "full", "--hook", "minimal.x=1"), "is a set"),
     (("train", "quickstart", "--hooks", "full", "--set", "reference=nowhere"), "reference = nowhere"), (("train", "quickstart", "--hooks", "none", "--profile"), "--profile"),
     (("train", "quickstart", "--hooks", "norms", "--set", "steps=50", "--set", "warmup_epochs=0"), "counts steps"),
     (("hooks", "describe", "hesian"), "did you mean 'hessian'?"), (("hooks", "describe", "full"), "is a set"),
@@ -174,14 +174,15 @@ def test_an_interrupted_watched_run_resumes_with_the_printed_line_and_has_the_sa
         pd.testing.assert_frame_equal(one, two, check_exact=True)
 
 
-def test_other_hooks_than_the_file_has_leave_its_options_behind(tmp_path):
+def test_options_of_hooks_that_are_off_wait(tmp_path):
     (tmp_path / "my.yaml").write_text("p: 7\nepochs: 3\ndevice: cpu\nhooks: [norms, hessian]\nhook_options: {hessian: {epsilon: 1e-3}, norms: {every_n_epochs: 2}}\n")
     lal("train", "my.yaml", "--hooks", "none", "--name", "a", cwd=tmp_path)
     lal("train", "my.yaml", "--hooks", "minimal", "--name", "b", cwd=tmp_path)
     lal("train", "my.yaml", "--hook", "hessian.check_every=3", "--name", "c", cwd=tmp_path)
     a, b, c = (load_run(tmp_path / "runs" / name).config for name in "abc")
-    assert a["hook_options"] is None and not (tmp_path / "runs/a/hooks").exists()
-    assert b["hook_options"] == {"norms": {"every_n_epochs": 2}}
+    given = {"hessian": {"epsilon": "1e-3"}, "norms": {"every_n_epochs": 2}}
+    assert a["hook_options"] == b["hook_options"] == given
+    assert not (tmp_path / "runs/a/hooks").exists() and load_run(tmp_path / "runs/b").hooks == ["norms", "training_metrics"]
     assert c["hooks"] == ["norms", "hessian"] and c["hook_options"] == {"hessian": {"epsilon": "1e-3", "check_every": 3}, "norms": {"every_n_epochs": 2}}
 
 

@@ -85,7 +85,7 @@ def test_a_failed_extension_changes_nothing(tmp_path):
 
 
 def test_a_run_that_counts_steps(tmp_path):
-    steps = ("--set", "steps=40", "--set", "log_every=4")
+    steps = ("--set", "steps=40", "--set", "log_every=4", "--hooks", "full")
     said = one(tmp_path, *steps)
     assert "40 steps" in said and "--extra-steps" in one(tmp_path, *steps, "--resume")
     assert "give --extra-steps" in one(tmp_path, "--extra-epochs", "2", expect=2, small=())

@@ -591,12 +591,26 @@ def test_a_hook_that_raises_stops_the_run_or_is_skipped(unit, kind, tmp_path):
 
 
 @pytest.mark.parametrize("value", [{1, 2}, [{"a": {1}}], object(), np.zeros(2), lambda: 0], ids=["set", "nested", "object", "array", "function"])
-def test_what_has_no_place_in_a_checkpoint_is_named_at_the_checkpoint(value, tmp_path):
+def test_what_has_no_place_in_a_checkpoint_is_named_at_the_first_call(value, tmp_path):
     def work(self, state): self.kept = value
 
-    with pytest.raises(HookError) as error: fit(configure(checkpoint_every=2), tmp_path, Hooks([a_hook()(work)()], "skip"))
-    assert "hook odd: ['kept']" in str(error.value) and "no place in a checkpoint" in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "run/checkpoints/2.pt").exists() and RunFolder(tmp_path / "run").summary["status"] == "failed"
+    with pytest.raises(HookError) as error: fit(configure(checkpoint_every=2), tmp_path, Hooks([a_hook()(work)()]))
+    assert "step 1 (post_step)" in str(error.value) and "hook odd: ['kept']" in str(error.value) and "no place in a checkpoint" in str(error.value) and "\n" not in str(error.value)
+    assert RunFolder(tmp_path / "run").summary["status"] == "failed"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_cannot_be_kept_costs_no_checkpoint_under_skip(late, tmp_path):
+    def work(self, state):
+        self.count = getattr(self, "count", 0) + 1
+        if not late or self.count > 3: self.kept = {1, 2}
+        return {"fine": self.count}
+
+    hooks = Hooks([a_hook()(work)()], "skip")
+    with pytest.warns(UserWarning) as said: trainer = fit(configure(checkpoint_every=2), tmp_path, hooks)
+    assert any("['kept']" in str(w.message) or "kept is a set" in str(w.message) for w in said) and trainer.folder.summary["status"] == "finished"
+    newest = checkpoints(tmp_path / "run")[-1]
+    assert load_checkpoint(newest)["hooks"]["hooks"]["odd"] == {"count": 60}
 
 
 def remembering(kind):
@@ -688,7 +702,7 @@ CHANGES = {  # what a hook does: what the message names, which look notices
     "gradients by backward": (backward, "gradients", "quick"),
     "gradients replaced": (new_gradient, "gradients", "quick"),
     "gradients set to none": (lambda s: s.optimizer.zero_grad(), "gradients", "quick"),
-    "gradients through grads()": (lambda s: next(iter(s.grads().values())).zero_(), "gradients", "quick"),
+    "gradients through grads()": (lambda s: next(iter(s.grads().values()) if s.stepped else (p.grad for p in s.model.parameters())).zero_(), "gradients", "quick"),
     "rate": (rate, "the optimizer's settings", "quick"),
     "moments": (moments, "the optimizer's state", "long"),
     "moments replaced": (moments_replaced, "the optimizer's state", "long"),
