@@ -12,6 +12,7 @@ watched by one set each, with the options that the hooks have by default; log po
 import argparse, statistics, tempfile, time
 import torch
 import torch.nn.functional as F
+from loop import CASES, bare  # the script beside this one
 from lal.core.config import make_config, with_values
 from lal.core.device import device_name, resolve_device
 from lal.core.run import create_run
@@ -20,10 +21,6 @@ from lal.core.trainer import Recorder, Reporter, epoch_loop
 from lal.hooks.framework import Hooks, Needs, marks, points_of
 from lal.hooks.registry import REGISTRY, SETS, create_hooks
 
-CASES = {
-    "quickstart": dict(p=47, train_frac=0.4, model_type="transformer", hidden_dim=64, n_layers=1, batch_size=221, grad_clip=1.0, decay_all=True),
-    "tiny MLP": dict(p=11, train_frac=0.5, model_type="baseline", hidden_dim=16, n_layers=1, batch_size=15, grad_clip=1.0),
-}  # fmt: skip
 BLOCK = 1000  # steps in a turn of the second part: one burst of the Hessian hook
 
 
@@ -116,24 +113,9 @@ def loop(config, device, hooks):
     return block
 
 
-def bare(config, device):
-    "The loop everyone would write."
-    s = TrainState.create(config, device)
-
-    def block():
-        for _ in range(BLOCK):
-            x, y = s.batches.of_epoch()
-            s.optimizer.zero_grad()
-            F.cross_entropy(s.model(x), y).backward()
-            torch.nn.utils.clip_grad_norm_(s.model.parameters(), config.grad_clip)
-            s.optimizer.step()
-
-    return block
-
-
 def sets(config, device, rounds, wait) -> None:
     "Overhead of each set, in turns of a thousand steps."
-    works = {"bare": bare(config, device)}
+    works = {"bare": bare(config, device, BLOCK)}
     for name in SETS: works[name] = loop(config, device, create_hooks(with_values(config, hooks=name)))
     seconds = {label: [] for label in works}
     for turn in range(rounds + 1):

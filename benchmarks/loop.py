@@ -22,12 +22,12 @@ CASES = {
 }  # fmt: skip
 
 
-def bare(config, device):
+def bare(config, device, steps=BLOCK):
     "The loop everyone would write, on the state's model, optimizer and batches."
     s = TrainState.create(config, device)
 
     def block():
-        for _ in range(BLOCK):
+        for _ in range(steps):
             x, y = s.batches.of_epoch()
             s.optimizer.zero_grad()
             F.cross_entropy(s.model(x), y).backward()
