@@ -131,7 +131,8 @@ def steps_to_see(
         return math.inf
     spread = max(float(rest.max() - rest.min()), slack)
     growth = max(1.0, math.sqrt(n * max(gap / slack, 1.0)) / unlucky)
-    return math.acosh(growth) / math.acosh(1 + 2 * gap / spread)
+    x = 2 * gap / spread  # arcosh(1 + x), also where 1 + x rounds to 1
+    return 1 + math.acosh(growth) / math.log1p(x + math.sqrt(x * (x + 2)))
 
 # %% ../../nbs/curvature/05_lanczos.ipynb #6c3b9050
 class Eigenpairs(NamedTuple):
@@ -219,17 +220,18 @@ class Search:
         "Merge the chain's first values with those locked, the most wanted first."
         theta, S, residuals, _ = chain.ritz(self.which)
         before, S = len(self.values), S[:, :count]
-        M = torch.diag(torch.cat([self.values, theta[:count]]))
-        M[:before, before:] = chain.coupling[:, : chain.size] @ S
+        coupling = chain.coupling[:, : chain.size] @ S
         combine(chain.V[: chain.size], S)
-        self.values, R = torch.linalg.eigh(M, UPLO="U")
-        order = wanted_first(self.values, self.which)
-        self.values, R = self.values[order], R[:, order]
+        self.values = torch.cat([self.values, theta[:count]])
+        self.residuals = torch.cat([self.residuals, residuals[:count]])
         if before:
-            combine(self.rows[: len(M)], R)
-            self.merged = True
-        spread = torch.cat([self.residuals, residuals[:count]])
-        self.residuals = (R.T**2 @ spread**2).sqrt()
+            M = torch.diag(self.values)
+            M[:before, before:] = coupling
+            values, R = torch.linalg.eigh(M, UPLO="U")
+            order = wanted_first(values, self.which)
+            combine(self.rows[: len(M)], R[:, order])
+            self.values, self.merged = values[order], True
+            self.residuals = (R[:, order].T ** 2 @ self.residuals**2).sqrt()
 
     def find(self) -> bool:
         "Lock k eigenvectors, with their companions; whether they have converged."
