@@ -19,7 +19,7 @@ from lal.curvature.operators import (
     check_product,
     through_graph,
 )
-from .params import Params, check_alike, flatten
+from .params import Params, check_alike
 
 # %% ../../nbs/curvature/04_gauss_newton.ipynb #9aa06ea0
 def outputs_function(
