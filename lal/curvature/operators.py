@@ -393,6 +393,7 @@ class FiniteDifferenceOperator(ParameterOperator):
     def _gradient(self, theta: Tensor) -> Tensor:
         "∇f, [n], at a vector [n] in the dtype of evaluation."
         with torch.inference_mode(False), torch.enable_grad():
+            theta = theta.clone() if theta.is_inference() else theta
             named = unflatten(theta, self.params)
             leaves = {k: t.detach().requires_grad_() for k, t in named.items()}
             value = self.f(dict(leaves))
