@@ -13,7 +13,7 @@ from typing import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 from ..core.config import nearest
-from .hvp import ALONE, check_finite, check_point, gradient, hvp
+from .hvp import ALONE, STEPS, check_finite, check_point, gradient, hvp
 from .params import Params, check_alike, flatten, unflatten
 
 # %% ../../nbs/curvature/03_operators.ipynb #6475973d
