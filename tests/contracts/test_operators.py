@@ -447,3 +447,90 @@ def test_batch_norm_in_training_is_a_function_of_params():
     v = random(op.shape[1])
     assert torch.equal(op @ v, op @ v)
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+def cubic(p):
+    return (p["a"] ** 3).sum()
+
+
+def test_copies_multiply_like_the_original(tmp_path):
+    import copy
+    import pickle
+
+    point = {"a": random(3)}
+    for op in (HessianOperator(cubic, point), FiniteDifferenceOperator(cubic, point)):
+        v = random(3, seed=1)
+        expected = op @ v
+        for other in (copy.deepcopy(op), pickle.loads(pickle.dumps(op))):
+            assert torch.equal(other @ v, expected) and torch.equal(other @ v, expected)
+
+
+def test_jacobians_leave_buffers_alone():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    J = JacobianOperator(outputs_function(model, random(10, 3, dtype=torch.float32)), params_of(model))
+    J @ torch.ones(J.shape[1])
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+def test_sums_know_their_parameters():
+    a, b = random(2), random(1, seed=1)
+
+    def f(p):
+        return (p["a"] ** 3).sum() + (p["b"] ** 3).sum()
+
+    one = HessianOperator(f, {"a": a, "b": b})
+    with pytest.raises(ValueError, match="other orders"):
+        SumOperator([one, HessianOperator(f, {"b": b, "a": a})])
+    with pytest.raises(ValueError, match="names or shapes differ"):
+        SumOperator([one, HessianOperator(lambda p: f({"a": p["a"], "b": p["c"]}), {"a": a, "c": b})])
+    damped = SumOperator([MatrixOperator(torch.eye(3, dtype=F64)), one])
+    v = {"a": random(2, seed=2), "b": random(1, seed=3)}
+    assert near(flatten(damped @ v), flatten(v) + one @ flatten(v))
+    scaled = ScaledOperator(one, {"a": 2 * torch.ones(2, dtype=F64), "b": torch.ones(1, dtype=F64)})
+    assert near(scaled.restrict("a").to_dense(), 4 * one.restrict("a").to_dense())
+
+
+def test_differences_refuse_what_changes_nothing():
+    big = torch.tensor([1.0, 1e10], dtype=F64)
+    op = FiniteDifferenceOperator(lambda t: t[0] ** 3 + t[1] ** 2 / 2, big)
+    assert near(op @ torch.tensor([1.0, 0.0], dtype=F64), torch.tensor([6.0, 0.0], dtype=F64), 1e-5)
+    with pytest.raises(ValueError, match="changes no parameter"):
+        op @ torch.tensor([0.0, 1.0], dtype=F64)
+
+
+def test_functions_that_write_into_what_they_get():
+    def f(p):
+        value = cubic(p)
+        with torch.no_grad():
+            p["a"].data.mul_(2)
+        return value
+
+    point = {"a": random(3)}
+    v = random(3, seed=1)
+    expected = 6 * point["a"] * v
+    op = FiniteDifferenceOperator(lambda p: cubic({"a": p["a"] * 1}), point)
+    assert near(op @ v, expected, 1e-6)
+    before = point["a"].clone()
+    try:
+        FiniteDifferenceOperator(f, point)
+    except (ValueError, RuntimeError):
+        pass
+    assert torch.equal(point["a"], before)
+
+
+def test_more_refusals():
+    with pytest.raises(ValueError, match=r"\[n\]"):
+        ScaledOperator(SYM, torch.ones(3, 3))
+    with pytest.raises(ValueError, match="no parameters to restrict"):
+        SYM.restrict("a")
+    with pytest.raises(ValueError, match="no numbers"):
+        HessianOperator(lambda t: t.sum(), torch.zeros(0))
+    with pytest.raises(ValueError, match="classes from 0"):
+        FisherOperator.empirical(lambda t: t[None], POINT, torch.tensor([-100]))
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"model.eval\(\)"):
+        FisherOperator.sampled(lambda t: F.dropout(t)[None], POINT)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="not finite"):
+        FisherOperator.sampled(lambda t: t[None] * math.inf, POINT)
