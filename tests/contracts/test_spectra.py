@@ -295,3 +295,47 @@ def test_refused_operators():
         eigsh(FunctionOperator(lambda v: v * math.inf, 4))
     with pytest.raises(ValueError, match="neither an operator nor a matrix"):
         eigsh([[1.0]])
+
+
+class Peak:
+    "The most bytes that tensors made inside the block held at one time."
+
+    def __enter__(self):
+        from torch.multiprocessing.reductions import StorageWeakRef
+        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils._pytree import tree_leaves
+
+        class Mode(TorchDispatchMode):
+            alive, most = {}, 0
+
+            def __torch_dispatch__(mode, function, types, args=(), kwargs=None):
+                out = function(*args, **(kwargs or {}))
+                for t in tree_leaves(out):
+                    if isinstance(t, torch.Tensor):
+                        storage = t.untyped_storage()
+                        ref = StorageWeakRef(storage)
+                        mode.alive[ref.cdata] = ref, storage.nbytes()
+                mode.alive = {c: x for c, x in mode.alive.items() if not x[0].expired()}
+                mode.most = max(mode.most, sum(size for _, size in mode.alive.values()))
+                return out
+
+        self.mode = Mode()
+        self.mode.__enter__()
+        return self.mode
+
+    def __exit__(self, *error):
+        self.mode.__exit__(*error)
+
+
+@pytest.mark.parametrize("k, subspace", [(1, None), (10, None), (20, None), (10, 22)])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_memory(k, subspace, repeated):
+    "(m + k + 5) n numbers, also when found vectors are merged, and measured anew."
+    n = 40_000
+    values = 0.8 ** (torch.arange(n) // (4 if repeated else 1))
+    with Peak() as peak:
+        found = eigsh(FunctionOperator(lambda v: values * v, n), k, tol=1e-3, subspace=subspace)
+    m = subspace or max(4 * k, 2 * k + 20)
+    assert peak.most <= 4 * n * (m + k + 5) + 2**18
+    assert peak.most > 4 * n * (m + 1)
+    assert (found.eigenvalues - values[:k]).abs().max() < 1e-3
