@@ -86,6 +86,61 @@ def test_top_ten(name, tol):
         assert_right(HARD[name], 10, "LA", tol, seed)
 
 
+def lattice(side=8):
+    "The eigenvalues of the Laplacian on a periodic square lattice: most of them come four or eight times."
+    once = 2 - 2 * np.cos(2 * np.pi * np.arange(side) / side)
+    return (once[:, None] + once).ravel().tolist()
+
+
+def integers(largest, n, seed):
+    return torch.randint(1, largest + 1, (n,), generator=generator(seed, "data")).tolist()
+
+
+def crowd(gap):
+    "Two values just above twenty copies of the next."
+    return [*[10.0 + gap] * 2, *[10.0] * 20, *np.linspace(0, 1, 60)]
+
+
+CROWDED = {
+    "lattice": (lattice(), 3),
+    "hypercube": ([7.0 - 2 * bin(i).count("1") for i in range(128)], 3),
+    "twenty integers": (integers(20, 100, 0), 2),
+    "six integers": (integers(6, 200, 0), 11),
+    "just above a crowd": (crowd(3e-4), 2),
+    "further above a crowd": (crowd(3e-2), 2),
+}
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("name", CROWDED)
+def test_where_most_values_are_repeated(name, tol):
+    values, k = CROWDED[name]
+    for seed in range(6):
+        assert_right(values, k, "LA", tol, seed)
+        assert_right([-v for v in values], k, "SA", tol, seed)
+
+
+def test_no_scale_is_special():
+    "Products whose squares a dtype cannot hold (float32), and any that anyone has met (float64)."
+    values = torch.tensor([5.0, 3.0, 2.0, 1.0, *[0.1] * 26], dtype=F64)
+    for dtype, sizes in ((torch.float32, (1e-25, 1e-10, 1e20, 1e30)), (F64, (1e-140, 1e140))):
+        for size in sizes:
+            A = planted(values).matrix
+            found = eigsh(FunctionOperator(lambda v: (A.to(dtype) @ v) * size, 30, dtype), 3, tol=1e-4)
+            assert (found.eigenvalues / size - values[:3]).abs().max() < 1e-3
+            assert (found.residuals <= 5e-4 * size).all()
+
+
+def test_a_narrow_spectrum_in_single_precision():
+    "Its width is a few thousand units of rounding; nothing is taken for the end of a chain."
+    values = 1 + 3e-4 * torch.linspace(-1, 1, 200_000)
+    found = eigsh(FunctionOperator(lambda v: values * v, len(values)), 1, tol=1e-5, max_products=400, on_fail="return")
+    x = found.eigenvectors[:, 0].double()
+    measured = float((values.double() * x - found.eigenvalues[0] * x).norm())
+    assert abs(float(found.eigenvalues[0]) - 1.0003) < 1e-5 + measured
+    assert measured < 2 * float(found.residuals[0]) + 1e-6
+
+
 @pytest.mark.parametrize("name", ["sixfold top", "clustered", "indefinite", "rank five"])
 @pytest.mark.parametrize("which", ["SA", "LM"])
 def test_other_ends(name, which):
@@ -139,6 +194,10 @@ def test_randomness_untouched():
 
 
 def test_no_more_products_than_allowed():
+    for n in (1, 3, 5, 30):
+        for limit in range(1, n + 3):
+            found = eigsh(planted([1.0 + i % 2 for i in range(n)]), n, max_products=limit, on_fail="return")
+            assert found.products <= limit
     for limit in (1, 5, 12, 33, 60):
         with pytest.raises(NotConverged) as caught:
             eigsh(planted(HARD["uniform"]), 10, tol=1e-10, max_products=limit)
@@ -158,6 +217,25 @@ class Crooked(Operator):
 
     def product(self, v):
         return (self.A + self.noise) @ v
+
+
+def test_residuals_tell_of_asymmetry():
+    for noise in (1e-6, 3e-5, 1e-4):
+        op = Crooked(noise)
+        found = eigsh(op, 2, tol=1e-3, on_fail="return", subspace=8)
+        A, X = op.A + op.noise, found.eigenvectors
+        measured = torch.linalg.vector_norm(A @ X - X * found.eigenvalues, dim=0)
+        assert (measured <= 1.05 * found.residuals + 1e-12).all()
+
+
+def test_products_of_the_wrong_kind():
+    for product, says in (
+        (lambda v: v.long(), "no vector like it"),
+        (lambda v: v.double(), "no vector like it"),
+        (lambda v: v.mul_(2), "changes the vector"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            eigsh(FunctionOperator(product, 5), 1)
 
 
 def test_noise_is_named():
