@@ -51,6 +51,8 @@ def input_function(
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:  # raises `ValueError`
     "The model from a continuous point to logits `[N, C]`, and that point, `[N, …]`. The function follows the live model, and takes points of the same N."
     check_still(model)
+    first = next(model.parameters(), x)
+    x = x.to(first.device)
     run, start = model, x
     if hasattr(model, "embed"):
         run, start = model.forward_from_embeddings, model.embed(x)
@@ -58,9 +60,8 @@ def input_function(
         raise ValueError(
             f"x is {start.dtype}, and {type(model).__name__} has no embed: it has no continuous input"
         )
-    first = next(model.parameters(), start)
     with torch.inference_mode(False):
-        start = start.detach().to(first.device, first.dtype, copy=True)
+        start = start.detach().to(first.dtype, copy=True)
     if layer is None:
         return run, start
     module = _module(model, layer)
