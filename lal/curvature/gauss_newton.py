@@ -19,7 +19,7 @@ from lal.curvature.operators import (
     check_product,
     through_graph,
 )
-from .params import Params, check_alike, flatten
+from .params import Params, check_alike
 
 # %% ../../nbs/curvature/04_gauss_newton.ipynb #9aa06ea0
 def outputs_function(
@@ -34,7 +34,7 @@ def outputs_function(
         check_alike(dict(model.named_parameters()), params, ("the model", "params"))
         dtype = next(iter(params.values())).dtype
         wide = [
-            (name, b.to(dtype) if b.is_floating_point() else b.clone())
+            (name, b.to(dtype, copy=True) if b.is_floating_point() else b.clone())
             for name, b in model.named_buffers()
         ]
         inputs = x.to(dtype) if x.is_floating_point() else x
@@ -59,11 +59,10 @@ class JacobianOperator(ParameterOperator):
     ):
         super().__init__(h, params, keep_graph=keep_graph)
         with no_randomness(self.device):
-            graph = self._build()
+            graph = self._kept()
         self.outputs = graph[1].detach()  # h(θ), in its own shape
         check_finite({"h": self.outputs}, "the function's value")
         self.shape = (self.outputs.numel(), self.shape[1])
-        self._graph = graph if keep_graph else None
 
     def _build(self) -> tuple:
         "θ, h(θ), w, and Jᵀw as a function of w."
@@ -85,21 +84,21 @@ class JacobianOperator(ParameterOperator):
         return theta, z, w, pulled
 
     def product(self, v: Tensor) -> Tensor:
-        _, _, w, pulled = self._graph or self._build()
+        _, _, w, pulled = self._kept()
         used = [(g, p) for g, p in zip(pulled, self.parts(v)) if g.requires_grad]
         with through_graph(self):
             (found,) = torch.autograd.grad(
                 [g for g, _ in used],
                 w,
                 [p for _, p in used],
-                retain_graph=self._graph is not None,
+                retain_graph=self.options["keep_graph"],
                 materialize_grads=True,
             )
         check_product({"the outputs": found}, v, self)
         return found.reshape(-1)
 
     def transposed(self, u: Tensor) -> Tensor:
-        theta, z, _, _ = self._graph or self._build()
+        theta, z, _, _ = self._kept()
         with through_graph(self):
             found = torch.autograd.grad(
                 z, theta, u.view(z.shape), retain_graph=True, materialize_grads=True
@@ -181,7 +180,10 @@ class FisherOperator(ParameterOperator):
         targets: Tensor,  # the data's answers, [N]
         keep_graph: bool = True,
     ) -> "FisherOperator":
-        "With the cross-entropy of the data's answers."
+        "With the cross-entropy of the data's answers, [N], classes from 0."
+        targets = targets.clone()
+        if targets.ndim != 1 or targets.is_floating_point() or (targets < 0).any():
+            raise ValueError("targets must be classes from 0, [N]")
 
         def losses(p):
             return F.cross_entropy(logits(p), targets, reduction="none")
@@ -198,8 +200,15 @@ class FisherOperator(ParameterOperator):
         keep_graph: bool = True,
     ) -> "FisherOperator":
         "With answers drawn from the model itself, the same ones for a seed on every device."
-        with torch.no_grad():
-            p = logits(params).softmax(-1).double().cpu()
+        device = (
+            next(iter(params.values())).device
+            if isinstance(params, dict)
+            else params.device
+        )
+        with torch.no_grad(), no_randomness(device):
+            z = logits(params)
+        check_finite({"the logits": z}, "the function's value")
+        p = z.softmax(-1).double().cpu()
         if p.ndim != 2:
             raise ValueError(f"logits must be [N, C], and are {list(p.shape)}")
         if samples < 1:

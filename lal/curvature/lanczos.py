@@ -9,11 +9,13 @@ __all__ = ['WHICH', 'wanted_first', 'height', 'Chain', 'combine', 'steps_to_see'
 # %% ../../nbs/curvature/05_lanczos.ipynb #e3fb0796
 import itertools
 import math
+from numbers import Integral, Real
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 from ..core.device import generator
 from .operators import Operator, as_operator
+from .params import norm
 
 # %% ../../nbs/curvature/05_lanczos.ipynb #2897739e
 WHICH = ("LA", "SA", "LM")
@@ -40,36 +42,37 @@ class Chain:
     def __init__(self, op: Operator, rows: Tensor, locked: int, rng: torch.Generator):
         self.op, self.locked = op, locked
         self.known, self.V = rows[:locked], rows[locked:]
-        self.capacity = min(len(self.V), op.shape[0] - locked)  # vectors to multiply
-        self.B = torch.zeros(self.capacity + 1, self.capacity, dtype=torch.float64)
-        self.coupling = torch.zeros(locked, self.capacity, dtype=torch.float64)
+        capacity = min(len(self.V), op.shape[0] - locked)  # vectors to multiply
+        self.B = torch.zeros(capacity + 1, capacity, dtype=torch.float64)
+        self.coupling = torch.zeros(locked, capacity, dtype=torch.float64)
+        self.lost = torch.zeros(capacity, dtype=torch.float64)
         self.size, self.ended = 0, True  # multiplied so far; nothing left to multiply
         start = torch.randn(op.shape[0], generator=rng, dtype=torch.float64).to(rows)
-        for _ in range(3):  # what is left of it may need cleaning once more
-            start = self._clean(start / torch.linalg.vector_norm(start))[0]
-        self._append(start, 1.0)
+        self._append(start / norm({"w": start}))
 
-    def _clean(self, w: Tensor, new: int = 0) -> tuple[Tensor, Tensor]:
-        "w without its parts along all vectors, and those parts [locked + new], in double."
-        parts = torch.zeros(self.locked + new, dtype=torch.float64)
-        for _ in range(2):
-            for basis, here in (
-                (self.known, slice(0, self.locked)),
-                (self.V[:new], slice(self.locked, None)),
-            ):
-                along = basis @ w
-                w = torch.addmv(w, basis.T, along, alpha=-1)
+    def _append(self, w: Tensor) -> tuple[Tensor, float]:
+        "Take what is left of the unit vector w beside all others as the next vector; its parts along them, in double, and its length."
+        basis = (
+            (self.known, slice(0, self.locked)),
+            (self.V[: self.size], slice(self.locked, None)),
+        )
+        parts = torch.zeros(self.locked + self.size, dtype=torch.float64)
+        before = 1.0
+        for passed in range(5):
+            for rows, here in basis:
+                along = rows @ w
+                w = torch.addmv(w, rows.T, along, alpha=-1)
                 parts[here] += along.double().cpu()
-        return w, parts
-
-    def _append(self, w: Tensor, before: float) -> float:
-        "Take w as the next vector, unless it is rounding only; its length, or 0."
-        length = float(torch.linalg.vector_norm(w))
-        unit = torch.finfo(w.dtype).eps * math.sqrt(len(w))
-        self.ended = self.locked + self.size == len(w) or length <= 8 * unit * before
+            left = float(norm({"w": w}))
+            if passed and left > before / 2:  # the second time, or later, took little
+                break
+            before = left
+        else:
+            left = 0.0  # it goes on shrinking: nothing but rounding
+        self.ended = left == 0 or len(parts) == len(w)
         if not self.ended:
-            torch.div(w, length, out=self.V[self.size])
-        return 0.0 if self.ended else length
+            torch.div(w, left, out=self.V[self.size])
+        return parts, 0.0 if self.ended else left
 
     @property
     def full(self) -> bool:
@@ -78,16 +81,23 @@ class Chain:
         return not self.ended and used == len(self.V) < all_there_is
 
     def step(self) -> None:
-        "One product. Raises `ValueError` if it is not finite."
-        j = self.size
-        w = self.op.product(self.V[j])
-        before = float(torch.linalg.vector_norm(w))
+        "One product. Raises `ValueError` if it is not a finite vector like its argument, or changes that."
+        j, v = self.size, self.V[self.size]
+        version = v._version
+        w = self.op.product(v)
+        like = isinstance(w, Tensor) and (w.shape, w.dtype) == (v.shape, v.dtype)
+        if not like or v._version != version:
+            fault = "changes the vector it is given" if like else "is no vector like it"
+            raise ValueError(f"a product of {self.op!r} {fault}")
+        before = float(norm({"w": w.detach()}))
         if not math.isfinite(before):
             raise ValueError(f"a product of {self.op!r} is not finite")
-        w, parts = self._clean(w, j + 1)
-        self.coupling[:, j], self.B[: j + 1, j] = parts.split([self.locked, j + 1])
-        self.size = j + 1
-        self.B[j + 1, j] = self._append(w, before)
+        self.size, self.ended = j + 1, True
+        if before:
+            parts, left = self._append(w.detach() / before)
+            along, own = (before * parts).split([self.locked, j + 1])
+            self.coupling[:, j], self.B[: j + 1, j] = along, own
+            self.B[j + 1, j] = before * left
 
     def ritz(self, which: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         "What the chain knows, most wanted first: θ [j], coefficients [j, j], residuals [j], and how much of each is asymmetry [j]."
@@ -96,18 +106,21 @@ class Chain:
         order = wanted_first(theta, which)
         theta, S = theta[order], S[:, order]
         asymmetry = torch.linalg.vector_norm(A @ S - S * theta, dim=0)
+        asymmetry = asymmetry + self.lost[: self.size] @ S.abs()
         return theta, S, torch.hypot(asymmetry, (b @ S).abs()), asymmetry
 
     def compress(self, S: Tensor) -> None:
-        "Keep the combinations S [j, m] in place of the j vectors, and the vector that waits."
+        "Keep the combinations S [j, m] in place of the j vectors, and the vector that waits; what asymmetry takes out of their span is remembered."
         j, m = S.shape
-        A, b = S.T @ self.B[:j, :j] @ S, self.B[j, :j] @ S
-        coupling = self.coupling[:, :j] @ S
+        AS, b = self.B[:j, :j] @ S, self.B[j, :j] @ S
+        A, coupling = S.T @ AS, self.coupling[:, :j] @ S
+        lost = self.lost[:j] @ S.abs() + torch.linalg.vector_norm(AS - S @ A, dim=0)
         combine(self.V[:j], S)
         if not self.ended:
             self.V[m] = self.V[j]
-        self.B.zero_(), self.coupling.zero_()
+        self.B.zero_(), self.coupling.zero_(), self.lost.zero_()
         self.B[:m, :m], self.B[m, :m], self.coupling[:, :m] = A, b, coupling
+        self.lost[:m] = lost
         self.size = m
 
 # %% ../../nbs/curvature/05_lanczos.ipynb #912de08a
@@ -131,7 +144,8 @@ def steps_to_see(
         return math.inf
     spread = max(float(rest.max() - rest.min()), slack)
     growth = max(1.0, math.sqrt(n * max(gap / slack, 1.0)) / unlucky)
-    return math.acosh(growth) / math.acosh(1 + 2 * gap / spread)
+    x = 2 * gap / spread  # arcosh(1 + x), also where 1 + x rounds to 1
+    return 1 + math.acosh(growth) / math.log1p(x + math.sqrt(x * (x + 2)))
 
 # %% ../../nbs/curvature/05_lanczos.ipynb #6c3b9050
 class Eigenpairs(NamedTuple):
@@ -163,7 +177,7 @@ class Search:
             min(n, subspace) + 1, n, dtype=op.dtype, device=op.device
         )
         self.values, self.residuals = torch.zeros(2, 0, dtype=torch.float64)
-        self.products, self.scale, self.patience = 0, 0.0, math.inf
+        self.products, self.scale = 0, 0.0
         self.merged, self.noise = False, 0.0
 
     @property
@@ -179,7 +193,7 @@ class Search:
     @property
     def out(self) -> bool:
         "Whether no products are left, but those that measure a merged result."
-        reserved = self.k if len(self.values) >= self.k else 0
+        reserved = self.k if len(self.values) else 0
         return self.products >= self.max_products - reserved
 
     def chain(self, locked: int) -> Chain:
@@ -191,105 +205,113 @@ class Search:
         self,
         chain: Chain,
         count: Callable[[Tensor], int],  # how many of its values are of interest
-        patience: int,  # after how many steps to stop if none is
     ) -> tuple[int, bool]:  # how many there are, and whether they are right
-        "Run a chain until the values of interest have converged, it ends, or nothing helps."
+        "Run a chain until the values of interest have converged, or there are none, or nothing helps."
         for steps in itertools.count(1):
+            if self.out:
+                return 0, False
             chain.step()
             self.products += 1
-            stop = chain.ended or self.out or steps == patience
-            if steps % 4 and not chain.full and not stop:
+            if steps % 4 and not chain.full and not chain.ended and not self.out:
                 continue
             theta, S, residuals, asymmetry = chain.ritz(self.which)
             self.scale = max(self.scale, float(theta.abs().max()))
             found = count(theta)
             right = bool((residuals[:found] <= self.slack / 2).all())
-            over = len(theta) > found if found else steps >= patience
-            if chain.ended or (right and over):
+            if found and (chain.ended or (right and len(theta) > found)):
                 return found, right
-            noise = float(asymmetry[:found].max()) if found else 0.0
-            if self.out or (noise > self.slack and residuals[:found].max() < 2 * noise):
+            if not found and (chain.ended or self.seen(theta, residuals, steps)):
+                return 0, True
+            noise = float(asymmetry[: max(1, found)].max())
+            if self.out or (
+                noise > self.slack and residuals[: max(1, found)].max() < 2 * noise
+            ):
                 self.noise = noise
                 return found, False
             if chain.full:
                 wanted = min(self.k, chain.size - 2)
                 chain.compress(S[:, : wanted + (chain.size - wanted) // 3])
 
+    def seen(self, theta: Tensor, residuals: Tensor, steps: int) -> bool:
+        "Whether a chain that shows nothing above the k-th value has run long enough to be believed."
+        heights, n = height(theta, self.which), self.op.shape[0]
+        top = int(heights.argmax())
+        settled = bool(residuals[top] <= self.slack / 20) and steps >= 8
+        if settled:
+            return True
+        reach = torch.cat([theta + residuals, theta - residuals])
+        ends = {"LA": (reach,), "SA": (-reach,), "LM": (reach, -reach)}[self.which]
+        return steps >= max(steps_to_see(self.last, x, self.slack, n) for x in ends)
+
     def lock(self, chain: Chain, count: int) -> None:
         "Merge the chain's first values with those locked, the most wanted first."
         theta, S, residuals, _ = chain.ritz(self.which)
         before, S = len(self.values), S[:, :count]
-        M = torch.diag(torch.cat([self.values, theta[:count]]))
-        M[:before, before:] = chain.coupling[:, : chain.size] @ S
+        coupling = chain.coupling[:, : chain.size] @ S
         combine(chain.V[: chain.size], S)
-        self.values, R = torch.linalg.eigh(M, UPLO="U")
-        order = wanted_first(self.values, self.which)
-        self.values, R = self.values[order], R[:, order]
+        self.values = torch.cat([self.values, theta[:count]])
+        self.residuals = torch.cat([self.residuals, residuals[:count]])
         if before:
-            combine(self.rows[: len(M)], R)
-            self.merged = True
-        spread = torch.cat([self.residuals, residuals[:count]])
-        self.residuals = (R.T**2 @ spread**2).sqrt()
+            M = torch.diag(self.values)
+            M[:before, before:] = coupling
+            values, R = torch.linalg.eigh(M, UPLO="U")
+            order = wanted_first(values, self.which)
+            combine(self.rows[: len(M)], R[:, order])
+            self.values, self.merged = values[order], True
+            self.residuals = (R[:, order].T ** 2 @ self.residuals**2).sqrt()
 
     def find(self) -> bool:
         "Lock k eigenvectors, with their companions; whether they have converged."
         while len(self.values) < self.k:
             missing = self.k - len(self.values)
             chain = self.chain(len(self.values))
-            found, right = self.follow(chain, lambda theta: min(len(theta), missing), 0)
+            found, right = self.follow(chain, lambda theta: min(len(theta), missing))
+            if not found:
+                return False
             theta, _, residuals, _ = chain.ritz(self.which)
-            self.below = height(theta, self.which)[found:] + residuals[found:]
-            known = torch.cat([self.values, theta[:found]])
-            companions = 0
-            if len(known) == self.k and right:
-                companions = self.choose(known, theta[found:], residuals[found:])
-            self.lock(chain, found + companions)
+            last = found == missing and right
+            extra = self.companions(theta[found:], residuals[found:]) if last else 0
+            self.lock(chain, found + extra)
             if not right:
                 return False
         return True
 
-    def choose(self, known: Tensor, theta: Tensor, residuals: Tensor) -> int:
-        "How many companions, resolved one by one, make the next look shortest; sets how long it takes."
-        last = float(height(known, self.which).min())
+    def companions(self, theta: Tensor, residuals: Tensor) -> int:
+        "How many of the values below the k-th are resolved one by one, and leave room for a look."
         heights = height(theta, self.which)
-        apart = (heights[:-1] - heights[1:]) / 2 > torch.maximum(
-            residuals[:-1], residuals[1:]
-        )
-        resolved = int(apart.int().cumprod(0).sum())
-        best, self.patience = 0, math.inf
-        for q in range(min(resolved, len(self.rows) - self.k - 3) + 1):
-            steps = steps_to_see(last, self.below[q:], self.slack, self.op.shape[0])
-            if steps < min(self.patience, len(self.rows) - self.k - q - 2):
-                best, self.patience = q, math.ceil(steps)
-        return best
+        between = (heights[:-1] - heights[1:]) / 4
+        apart = between > torch.maximum(residuals[:-1], residuals[1:])
+        room = len(self.rows) - self.k - 16
+        return max(0, min(int(apart.int().cumprod(0).sum()), room))
 
     def glance(self) -> bool:
-        "A short look beyond the k wanted and their companions; whether it changes nothing."
-        chain = self.chain(len(self.values))
-        while not chain.ended and chain.size < self.patience and not self.out:
+        "A short look beyond the k wanted and their companions; whether it is long enough, and changes nothing."
+        chain, q = self.chain(len(self.values)), len(self.values)
+        while not chain.ended:
+            if self.out or chain.full:
+                return False
             chain.step()
             self.products += 1
-        if chain.size < self.patience and not chain.ended:
-            return False
-        q, j = len(self.values), chain.size
+            theta, _, residuals, _ = chain.ritz(self.which)
+            if height(theta, self.which).max() > self.last + self.slack:
+                return False
+            if chain.size > 3 and self.seen(theta, residuals, chain.size):
+                break
+        j = chain.size
         M = torch.diag(torch.cat([self.values, torch.zeros(j, dtype=torch.float64)]))
         M[:q, q:], M[q:, q:] = chain.coupling[:, :j], chain.B[:j, :j]
-        values = torch.linalg.eigvalsh((M.triu() + M.triu().T) - M.diag().diag())
+        values = torch.linalg.eigvalsh(M, UPLO="U")
         best = height(values, self.which).sort(descending=True).values[: self.k]
         risen = best - height(self.values, self.which)[: self.k]
-        return bool((risen <= self.slack).all())
+        return bool((risen <= self.slack / 2).all())
 
     def look(self) -> bool:
         "Chains beyond the k wanted alone, until one shows nothing above them; whether that was so."
         while self.op.shape[0] > self.k:
             chain = self.chain(self.k)
-            steps = steps_to_see(self.last, self.below, self.slack, self.op.shape[0])
-            patience = math.ceil(min(steps, max(20, self.products)))
             bar = self.last + self.slack
             found, right = self.follow(
-                chain,
-                lambda t: min(self.k, int((height(t, self.which) > bar).sum())),
-                patience,
+                chain, lambda t: min(self.k, int((height(t, self.which) > bar).sum()))
             )
             if not found:
                 return right
@@ -302,15 +324,13 @@ class Search:
         "Find k eigenvectors and look for more until nothing shows; whether all that came to its end."
         if not self.find():
             return False
-        if self.patience < math.inf and self.glance():
-            return True
-        return self.look()
+        return (len(self.values) > self.k and self.glance()) or self.look()
 
     def result(self, sure: bool) -> Eigenpairs:
         "The k most wanted that are locked; measured anew if they were merged."
         X, values = self.rows[: self.k][: len(self.values)], self.values[: self.k]
         residuals = self.residuals[: self.k]
-        if self.merged:
+        if self.merged and self.products + len(X) <= self.max_products:
             HX = torch.empty_like(X)
             for hx, x in zip(HX, X):
                 hx.copy_(self.op.product(x))
@@ -323,7 +343,7 @@ class Search:
             for hx, x, value in zip(HX, X, values.tolist()):
                 hx.sub_(x, alpha=value)
             residuals = torch.linalg.vector_norm(HX, dim=1).double().cpu()
-            del HX  # before the result is copied
+            del HX, hx  # before the result is copied
         right = len(X) == self.k and bool((residuals <= self.slack).all())
         return Eigenpairs(values, X.clone().T, residuals, self.products, sure and right)
 
@@ -355,16 +375,20 @@ def check_request(op, k, which, tol, max_products, subspace, on_fail) -> None:
     if op.shape[0] != op.shape[1] or not op.symmetric:
         raise ValueError(f"{op!r} is not symmetric: eigsh needs a symmetric operator")
     height(torch.zeros(1), which)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= n:
         raise ValueError(f"k = {k!r}: must be an integer from 1 to n = {n}")
     least = 4 * torch.finfo(op.dtype).eps
-    if not least <= tol < 1:
+    if not isinstance(tol, Real) or not least <= tol < 1:
         raise ValueError(
-            f"tol = {tol}: must be from {least:.0e}, what {op.dtype} can tell apart, to below 1"
+            f"tol = {tol!r}: must be from {least:.0e}, what {op.dtype} can tell apart, to below 1"
         )
-    if not isinstance(max_products, int) or max_products < 1:
+    if (
+        isinstance(max_products, bool)
+        or not isinstance(max_products, Integral)
+        or max_products < 1
+    ):
         raise ValueError(f"max_products = {max_products!r}: must be an integer above 0")
-    if not isinstance(subspace, int) or subspace < min(n, 2 * k + 2):
+    if not isinstance(subspace, Integral) or subspace < min(n, 2 * k + 2):
         raise ValueError(
             f"subspace = {subspace!r}: must be an integer of at least 2k + 2 = {2 * k + 2}"
         )
@@ -379,4 +403,6 @@ def why_not(search: Search, found: Eigenpairs) -> str:
     if search.noise > search.slack:
         noise = search.noise / search.scale
         return f"{said}: the products are symmetric to {noise:.0e} of max|λ| only, so raise tol above that, or use exact products or float64 parameters"
+    if found.products + search.k < search.max_products:
+        return f"{said}: the products are not accurate or not symmetric enough for that, so raise tol, or use exact products or float64 parameters"
     return f"{said}: raise max_products (now {search.max_products}), tol or subspace; the exception's result has what was found"

@@ -13,8 +13,8 @@ from typing import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 from ..core.config import nearest
-from .hvp import ALONE, check_finite, check_point, gradient, hvp
-from .params import Params, check_alike, flatten, unflatten
+from .hvp import ALONE, STEPS, check_finite, check_point, gradient, hvp
+from .params import Params, check_alike, flatten, norm, unflatten
 
 # %% ../../nbs/curvature/03_operators.ipynb #6475973d
 class Operator:
@@ -57,6 +57,7 @@ class Operator:
         if isinstance(x, dict):
             return self._of_dict(x)
         self._check(x)
+        x = x.detach()
         return self.product(x) if x.ndim == 1 else self.block(x)
 
     def _of_dict(self, x: Params) -> Params:
@@ -89,6 +90,10 @@ class Operator:
             raise ValueError(f"{self!r} has no parameters to name a vector by")
         named = unflatten(v, self.params)
         return named[ALONE] if ALONE in named else named
+
+    def restrict(self, names: str | Iterable[str]) -> "Operator":
+        "The block of the named parameters, for operators that know their parameters. Raises `ValueError` for others."
+        raise ValueError(f"{self!r} has no parameters to restrict it to")
 
     def columns(self, width: int = 16) -> Iterable[tuple[slice, Tensor]]:
         "The matrix in blocks: which columns, and A times those unit vectors, `[m, ≤ width]`."
@@ -249,7 +254,21 @@ class ParameterOperator(Operator):
         self.f, self.options = f, options
         self.params = {k: t.detach().clone() for k, t in params.items()}
         first, n = next(iter(params.values())), sum(t.numel() for t in params.values())
+        if not n:
+            raise ValueError("params hold no numbers")
         super().__init__((n, n), first.dtype, first.device)
+        self._graph = None
+
+    def __getstate__(self) -> dict:
+        "Everything but the graph, which can't be copied; it is built anew at the first product."
+        return {**self.__dict__, "_graph": None}
+
+    def _kept(self) -> tuple:
+        "The graph: kept from before, kept from now on, or for this product only."
+        graph = self._graph or self._build()
+        if self.options["keep_graph"]:
+            self._graph = graph
+        return graph
 
     def restrict(self, names: str | Iterable[str]) -> "ParameterOperator":
         "The same operator of the named parameters alone, the others held fixed. Raises `ValueError` for an unknown name."
@@ -259,7 +278,8 @@ class ParameterOperator(Operator):
         order = list(self.params)
 
         def f(free: Params) -> Tensor:
-            held = {k: t.to(next(iter(free.values())).dtype) for k, t in rest.items()}
+            dtype = next(iter(free.values())).dtype
+            held = {k: t.to(dtype, copy=True) for k, t in rest.items()}
             return self.f({k: free[k] if k in free else held[k] for k in order})
 
         return type(self)(f, part, **self.options)
@@ -290,7 +310,8 @@ class HessianOperator(ParameterOperator):
         super().__init__(f, params, keep_graph=keep_graph, vectorize=vectorize)
         self.gradient = flatten(gradient(self.f, self.params))  # [n]; checks f
         self.vectorize = self.device.type == "cuda" if vectorize is None else vectorize
-        self._graph = self._build() if keep_graph else None
+        if keep_graph:
+            self._kept()
 
     def _build(self) -> tuple[list[Tensor], list[Tensor]]:
         "θ and those parts of ∇f(θ) that depend on it."
@@ -318,7 +339,7 @@ class HessianOperator(ParameterOperator):
 
     def _back(self, v: Tensor, parts: list[Tensor], batched: bool) -> list[Tensor]:
         "The pass back through the graph of the gradient, from `parts`."
-        theta, slopes = self._graph or self._build()
+        theta, slopes = self._kept()
         bent = [(g, p) for g, p in zip(slopes, parts) if g.requires_grad]
         if not bent:  # f is linear
             return [torch.zeros_like(p) for p in parts]
@@ -328,7 +349,7 @@ class HessianOperator(ParameterOperator):
                 starts,
                 theta,
                 along,
-                retain_graph=self._graph is not None,
+                retain_graph=self.options["keep_graph"],
                 is_grads_batched=batched,
                 allow_unused=True,
                 materialize_grads=not batched,
@@ -388,11 +409,13 @@ class FiniteDifferenceOperator(ParameterOperator):
         self.epsilon = STEPS[scheme] if epsilon is None else float(epsilon)
         self.inner = torch.float64 if epsilon is None else self.dtype
         self._theta = flatten(self.params).to(self.inner, copy=True)
-        self._base = self._gradient(self._theta) if scheme == "forward" else None
+        here = self._theta.clone()  # f may write into what it is given
+        self._base = self._gradient(here) if scheme == "forward" else None
 
     def _gradient(self, theta: Tensor) -> Tensor:
         "∇f, [n], at a vector [n] in the dtype of evaluation."
         with torch.inference_mode(False), torch.enable_grad():
+            theta = theta.clone() if theta.is_inference() else theta
             named = unflatten(theta, self.params)
             leaves = {k: t.detach().requires_grad_() for k, t in named.items()}
             value = self.f(dict(leaves))
@@ -403,16 +426,21 @@ class FiniteDifferenceOperator(ParameterOperator):
 
     def product(self, v: Tensor) -> Tensor:
         wide = v.to(self.inner)
-        size = torch.linalg.vector_norm(wide)
+        size = norm({"v": wide})
         if not size:
             return torch.zeros_like(v)
-        step = wide * (self.epsilon / size)
-        high = self._gradient(self._theta + step)
+        step = wide / size * self.epsilon
+        ahead = self._theta + step
+        if torch.equal(ahead, self._theta):
+            raise ValueError(
+                f"epsilon = {self.epsilon} changes no parameter in {self.inner} along this vector"
+            )
+        high = self._gradient(ahead)
         if self.scheme == "forward":
-            change = high.sub_(self._base).mul_(size / self.epsilon)
+            change = high.sub_(self._base).div_(self.epsilon).mul_(size)
         else:
             change = high.sub_(self._gradient(self._theta - step))
-            change = change.mul_(size / (2 * self.epsilon))
+            change = change.div_(2 * self.epsilon).mul_(size)
         found = change.to(self.dtype)
         check_product({"the parameters": found}, v, self)
         return found
@@ -429,7 +457,7 @@ class SumOperator(Operator):
         self.operators = [as_operator(op) for op in operators]
         if not self.operators:
             raise ValueError("a sum needs an operator")
-        self.weights = [1.0] * len(operators) if weights is None else list(weights)
+        self.weights = [1.0] * len(self.operators) if weights is None else list(weights)
         if len(self.weights) != len(self.operators):
             raise ValueError(
                 f"{len(self.weights)} weights for {len(self.operators)} operators"
@@ -444,7 +472,12 @@ class SumOperator(Operator):
                 raise ValueError(f"{first!r} and {op!r} can't be added")
         super().__init__(first.shape, first.dtype, first.device)
         self.symmetric = all(op.symmetric for op in self.operators)
-        self.params = first.params
+        named = [op.params for op in self.operators if op.params is not None]
+        self.params = named[0] if named else None
+        for other in named[1:]:
+            check_alike(named[0], other, ("one operator", "another"))
+            if list(other) != list(named[0]):
+                raise ValueError("the operators have their parameters in other orders")
 
     def _sum(self, terms: Iterable[Tensor]) -> Tensor:
         total = None
@@ -480,6 +513,8 @@ class ScaledOperator(Operator):
             check_alike(of.params or {}, scale, ("the operator", "the scale"))
             scale = flatten({name: scale[name] for name in of.params})
         of._check(scale)
+        if scale.ndim != 1:
+            raise ValueError(f"the scale must be [n], and is {list(scale.shape)}")
         check_finite({"the scale": scale}, "the scale")
         self.of, self.scale, self.params = of, scale.detach(), of.params
 
@@ -491,3 +526,9 @@ class ScaledOperator(Operator):
 
     def diagonal(self) -> Tensor:
         return self.scale**2 * self.of.diagonal()
+
+    def restrict(self, names: str | Iterable[str]) -> "ScaledOperator":
+        "The block of the named parameters, in the same units."
+        part = self.of.restrict(names)
+        scale = unflatten(self.scale, self.params)
+        return ScaledOperator(part, {name: scale[name] for name in part.params})

@@ -1,0 +1,219 @@
+"Eigenvalues against the dense answer in double precision: planted spectra, repeated, clustered, indefinite, rank-deficient, from either end."
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lal.core.device import generator
+from lal.curvature.lanczos import WHICH, Chain, NotConverged, eigsh, height, steps_to_see
+from lal.curvature.operators import FunctionOperator, MatrixOperator, Operator
+
+F64 = torch.float64
+CHECKED = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def planted(values, seed=0, dtype=F64) -> MatrixOperator:
+    "A random symmetric matrix with these eigenvalues."
+    values = torch.as_tensor(values, dtype=F64)
+    X = torch.randn(len(values), len(values), dtype=F64, generator=generator(seed, "data"))
+    Q = torch.linalg.qr(X).Q
+    A = (Q * values) @ Q.T
+    return MatrixOperator(((A + A.T) / 2).to(dtype))
+
+
+def assert_right(values, k, which, tol, seed, dtype=F64, **options):
+    "The k most wanted, to tol; orthonormal vectors; residuals that are what they say."
+    values = torch.as_tensor(values, dtype=F64)
+    op = planted(values, seed, dtype)
+    found = eigsh(op, k, which, tol, seed=seed, max_products=4000, **options)
+    scale, unit = float(values.abs().max()), torch.finfo(dtype).eps
+    expected = height(values, which).sort(descending=True).values[:k]
+    got = height(found.eigenvalues, which)
+    rounding = 20 * unit * math.sqrt(len(values)) * scale
+    assert found.converged and found.eigenvalues.shape == (k,) and found.eigenvectors.shape == (len(values), k)
+    assert (got - expected).abs().max() <= tol * scale + rounding
+    assert (got[:-1] >= got[1:] - rounding).all()
+    X, A = found.eigenvectors.double(), op.matrix.double()
+    assert (X.T @ X - torch.eye(k, dtype=F64)).abs().max() < 100 * unit * math.sqrt(len(values))
+    measured = torch.linalg.vector_norm(A @ X - X * found.eigenvalues, dim=0)
+    assert torch.allclose(measured, found.residuals, rtol=0.05, atol=10 * rounding)
+    assert (found.residuals <= tol * scale).all()
+
+
+@st.composite
+def spectra(draw):
+    "Outliers of any multiplicity above or around a bulk of any width, in any order."
+    copies = draw(st.lists(st.integers(1, 6), min_size=0, max_size=4))
+    sizes = draw(st.lists(st.sampled_from([-10.0, -5.0, -1.0, 0.0, 1.0, 2.0, 5.0, 10.0]), min_size=len(copies), max_size=len(copies)))
+    width = draw(st.sampled_from([0.0, 1e-6, 0.01, 0.3, 1.0]))
+    bulk = draw(st.integers(1, 60))
+    place = draw(st.sampled_from([-0.5, 0.0, 1.0]))
+    inside = place + width * torch.rand(bulk, dtype=F64, generator=generator(bulk, "data"))
+    outside = [torch.full((c,), s, dtype=F64) for c, s in zip(copies, sizes)]
+    return torch.cat([*outside, inside])
+
+
+@CHECKED
+@given(spectra(), st.data())
+def test_planted_spectra(values, data):
+    k = data.draw(st.integers(1, min(len(values), 12)))
+    which = data.draw(st.sampled_from(WHICH))
+    tol = data.draw(st.sampled_from([1e-3, 1e-6, 1e-10]))
+    assert_right(values, k, which, tol, data.draw(st.integers(0, 1000)))
+
+
+BULK = torch.rand(300, dtype=F64, generator=generator(1, "data")) - 0.3
+HARD = {
+    "sixfold top": [*[10.0] * 6, *np.linspace(3, 5, 6), *BULK.tolist()],
+    "sixfold in the middle": [20.0, 15.0, *[10.0] * 6, *np.linspace(3, 5, 6), *BULK.tolist()],
+    "sixfold at the edge": [*np.linspace(3, 5, 6), *[1.0] * 6, *BULK.tolist()],
+    "pairs": [*np.repeat(np.arange(1.0, 16.0), 2), *BULK.tolist()],
+    "clustered": [*(10 + 1e-6 * np.arange(5)), *(5 + 1e-4 * np.arange(5)), *BULK.tolist()],
+    "indefinite": [10.0, -9.5, 9.0, -9.0, -9.0, -9.0, 7.0, 7.0, 7.0, *BULK.tolist()],
+    "rank five": [5.0, 4.0, 3.0, 3.0, 3.0, *[0.0] * 300],
+    "decaying": [*(10 / np.arange(1, 40.0) ** 1.5), *(0.01 * BULK).tolist()],
+    "uniform": np.linspace(-1, 1, 200).tolist(),
+}
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-6, 1e-10])
+@pytest.mark.parametrize("name", HARD)
+def test_top_ten(name, tol):
+    for seed in range(5):
+        assert_right(HARD[name], 10, "LA", tol, seed)
+
+
+@pytest.mark.parametrize("name", ["sixfold top", "clustered", "indefinite", "rank five"])
+@pytest.mark.parametrize("which", ["SA", "LM"])
+def test_other_ends(name, which):
+    for seed in range(3):
+        assert_right(HARD[name], 10, which, 1e-6, seed)
+
+
+@pytest.mark.parametrize("name", ["sixfold top", "clustered", "indefinite", "decaying"])
+def test_in_single_precision(name):
+    for seed in range(3):
+        assert_right(HARD[name], 10, "LA", 1e-4, seed, torch.float32)
+
+
+@pytest.mark.parametrize("values", [[-4.0], [0.0], [1.0, 1.0], [3.0, 3.0, 1.0, 0.0, -1.0, -2.0], [0.0] * 30, [2.0] * 30], ids=str)
+@pytest.mark.parametrize("which", WHICH)
+def test_all_of_them(values, which):
+    assert_right(values, len(values), which, 1e-9, 0)
+    assert_right(values, 1, which, 1e-9, 0)
+
+
+def test_ties_at_both_ends():
+    found = eigsh(planted([2.0, 2.0, -2.0, -2.0, *[0.1] * 40]), 4, "LM", 1e-9)
+    assert sorted(found.eigenvalues.round(decimals=9).tolist()) == [-2, -2, 2, 2]
+
+
+@pytest.mark.parametrize("subspace", [22, 25, 60, 1000])
+def test_any_subspace(subspace):
+    assert_right(HARD["sixfold top"], 10, "LA", 1e-8, 0, subspace=subspace)
+
+
+def test_a_missed_copy_is_rare():
+    "Each chain misses with a probability of 1/1250 at most; 200 matrices, five looks each."
+    missed = 0
+    for seed in range(200):
+        op = planted([*[3.0] * 3, *np.linspace(1, 2, 9), *(0.5 * BULK[:100]).tolist()], seed)
+        found = eigsh(op, 8, tol=1e-4, seed=seed)
+        missed += int((found.eigenvalues > 2.5).sum() < 3)
+    assert missed <= 2
+
+
+def test_same_seed_same_bits():
+    one, two, other = (eigsh(planted(HARD["pairs"]), 6, seed=s) for s in (0, 0, 1))
+    assert torch.equal(one.eigenvectors, two.eigenvectors) and one.products == two.products
+    assert not torch.equal(one.eigenvectors, other.eigenvectors)
+
+
+def test_randomness_untouched():
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    eigsh(planted(HARD["pairs"]), 6)
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+
+
+def test_no_more_products_than_allowed():
+    for limit in (1, 5, 12, 33, 60):
+        with pytest.raises(NotConverged) as caught:
+            eigsh(planted(HARD["uniform"]), 10, tol=1e-10, max_products=limit)
+        found = caught.value.result
+        assert found.products <= limit and not found.converged
+        back = eigsh(planted(HARD["uniform"]), 10, tol=1e-10, max_products=limit, on_fail="return")
+        assert torch.equal(back.eigenvalues, found.eigenvalues)
+
+
+class Crooked(Operator):
+    "Symmetric but for noise, as products in low precision are."
+
+    def __init__(self, noise):
+        super().__init__((80, 80), F64, "cpu")
+        self.A = planted(np.linspace(0, 1, 80)).matrix
+        self.noise = noise * torch.randn(80, 80, dtype=F64, generator=generator(3, "data"))
+
+    def product(self, v):
+        return (self.A + self.noise) @ v
+
+
+def test_noise_is_named():
+    assert eigsh(Crooked(1e-8), 3, tol=1e-4).converged
+    with pytest.raises(NotConverged, match="symmetric to"):
+        eigsh(Crooked(1e-4), 3, tol=1e-6)
+
+
+def test_a_chain_is_what_it_says():
+    "H Vᵀ = Vᵀ B + v bᵀ, before and after compressing."
+    op = planted(HARD["uniform"])
+    chain = Chain(op, torch.empty(31, 200, dtype=F64), 0, generator(0, "probe"))
+    for size in (30, 30):
+        while chain.size < size - 1:
+            chain.step()
+        j, V = chain.size, chain.V
+        left = op.matrix @ V[:j].T
+        right = V[: j + 1].T @ chain.B[: j + 1, :j]
+        assert (left - right).abs().max() < 1e-13
+        chain.compress(chain.ritz("LA")[1][:, :12])
+
+
+def test_steps_grow_with_the_difficulty():
+    rest = torch.linspace(-1, 0.5, 20, dtype=F64)
+    near, far = (steps_to_see(last, rest, 1e-6, 1000) for last in (0.55, 2.0))
+    assert near > 2 * far > 2
+    assert steps_to_see(0.5, rest, 1e-6, 1000) == math.inf
+    assert steps_to_see(1.0, rest, 1e-6, 10**6) > steps_to_see(1.0, rest, 1e-6, 1000)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (dict(k=0), "k = 0"),
+        (dict(k=81), "k = 81"),
+        (dict(k=2.0), "k = 2.0"),
+        (dict(which="SM"), "which = 'SM'"),
+        (dict(tol=0.0), "tol = 0.0"),
+        (dict(tol=float("nan")), "tol = nan"),
+        (dict(max_products=0), "max_products = 0"),
+        (dict(k=10, subspace=11), "subspace = 11"),
+        (dict(on_fail="ignore"), "on_fail = 'ignore'"),
+    ],
+    ids=lambda a: str(a),
+)
+def test_refused(arguments, says):
+    with pytest.raises(ValueError, match=says.replace("(", r"\(")):
+        eigsh(planted(np.linspace(0, 1, 80)), **arguments)
+
+
+def test_refused_operators():
+    with pytest.raises(ValueError, match="not symmetric"):
+        eigsh(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    with pytest.raises(ValueError, match="not symmetric"):
+        eigsh(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="not finite"):
+        eigsh(FunctionOperator(lambda v: v * math.inf, 4))
+    with pytest.raises(ValueError, match="neither an operator nor a matrix"):
+        eigsh([[1.0]])
