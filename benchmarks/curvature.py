@@ -1,7 +1,7 @@
 """Curvature against PyHessian, curvlinops and hessian-eigenthings: the ten largest eigenvalues, and single products.
 
     pip install 'lal[bench]'          # the others; the script installs nothing and leaves out what is absent
-    python benchmarks/curvature.py [--threads 2] [--rounds 5] [--device auto] [--case mlp] [--quick]
+    python benchmarks/curvature.py [--threads 2] [--rounds 5] [--device auto] [--case mlp] [--without pyhessian] [--quick]
 
 Two networks, trained for a while by full-batch AdamW: the perceptron for p = 23 and the transformer for p = 113. Each package gets its own copy of the model and the same data. They take turns, once a round; a ratio is of medians.
 Every result is measured with the same ruler: λ and x against the exact Hessian in float64, ‖Hx − λx‖ / max|λ|, the worst of ten, and the largest error of an eigenvalue against a float64 run to 1e-9.
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lal.core.device import device_name, generator, resolve_device, seeded
 from lal.core.models import BaselineMLP, GrokTransformer
 from lal.core.task import Task, encode, examples
-from lal.curvature.hvp import gradient
 from lal.curvature.lanczos import Search, eigsh
 from lal.curvature.operators import FiniteDifferenceOperator, HessianOperator
 from lal.curvature.params import loss_function, params_of
@@ -251,11 +250,12 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--tol", type=float, default=1e-4, help="of lal's eigsh, and of scipy's in its first row")
     parser.add_argument("--case", choices=["mlp", "transformer"], help="only this one")
+    parser.add_argument("--without", nargs="*", default=[], help="packages to leave out: curvlinops, hessian_eigenthings, pyhessian")
     parser.add_argument("--quick", action="store_true", help="one round on barely trained networks, to see that it runs")
     arguments = parser.parse_args()
     if arguments.threads: torch.set_num_threads(arguments.threads)
     device = resolve_device(arguments.device)
-    missing = {package for package in ("curvlinops", "hessian_eigenthings", "pyhessian") if absent(package)}
+    missing = {package for package in ("curvlinops", "hessian_eigenthings", "pyhessian") if package in arguments.without or absent(package)}
     for name in ("mlp", "transformer"):
         if arguments.case in (None, name): report(name, arguments, missing, device)
     print(f"\nran on {device_name(device)}, torch {torch.__version__}, float32")
