@@ -426,11 +426,11 @@ class FiniteDifferenceOperator(ParameterOperator):
 
     def product(self, v: Tensor) -> Tensor:
         wide = v.to(self.inner)
-        size = norm({"v": wide})
+        size = float(norm({"v": wide}))
         if not size:
             return torch.zeros_like(v)
-        step = wide / size * self.epsilon
-        ahead = self._theta + step
+        step = self.epsilon / size
+        ahead = torch.add(self._theta, wide, alpha=step)
         if torch.equal(ahead, self._theta):
             raise ValueError(
                 f"epsilon = {self.epsilon} changes no parameter in {self.inner} along this vector"
@@ -439,7 +439,8 @@ class FiniteDifferenceOperator(ParameterOperator):
         if self.scheme == "forward":
             change = high.sub_(self._base).div_(self.epsilon).mul_(size)
         else:
-            change = high.sub_(self._gradient(self._theta - step))
+            behind = torch.add(self._theta, wide, alpha=-step)
+            change = high.sub_(self._gradient(behind))
             change = change.div_(2 * self.epsilon).mul_(size)
         found = change.to(self.dtype)
         check_product({"the parameters": found}, v, self)
