@@ -34,7 +34,7 @@ quickstart: $(VENV)/.base ## install, train a small network until it groks, and 
 
 test: $(VENV)/.dev ## everything: structure, every notebook, contracts (two cores, under 25 minutes)
 	$(ONE_THREAD) $(PY) -m pytest tests/structure
-	$(ONE_THREAD) $(PY) -c "from pathlib import Path; from lal.app.notebooks import test; test(Path.cwd(), n_workers=2)"
+	$(ONE_THREAD) $(PY) -c "from pathlib import Path; from lal.book.notebooks import test; test(Path.cwd(), n_workers=2)"
 	$(ONE_THREAD) $(PY) -m pytest tests/contracts
 
 docs: ## the site, with Quarto, into _docs/
@@ -44,13 +44,13 @@ docs: ## the site, with Quarto, into _docs/
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/nbdev_docs
 
 preview: $(VENV)/.dev ## every page, without Quarto or a network, into _preview/
-	@$(PY) -c "from lal.app.pages import main; main()" preview
+	@$(PY) -c "from lal.book.pages import main; main()" preview
 
-notebooks: $(VENV)/.dev ## execute notebooks in place: all, or NB=nbs/core/03_models.ipynb
-	@$(PY) -c "from lal.app.notebooks import main; main()" $(NB)
+notebooks: $(VENV)/.dev ## execute notebooks in place: all, or NB=nbs/modular/02_models.ipynb
+	@$(PY) -c "from lal.book.notebooks import main; main()" $(NB)
 
 readme: $(VENV)/.dev ## README.md from nbs/index.ipynb
-	@$(PY) -c "from lal.app.pages import main; main()" readme
+	@$(PY) -c "from lal.book.pages import main; main()" readme
 
 clean: ## remove what was built; the environment and your runs stay
 	@rm -rf _proc _docs _preview build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from lal.core.device import device_name, generator, resolve_device, seeded
-from lal.core.models import BaselineMLP, GrokTransformer
-from lal.core.task import Task, encode, examples
+from lal.modular.models import BaselineMLP, GrokTransformer
+from lal.modular.task import Task, encode, examples
 from lal.curvature.lanczos import Search, eigsh
 from lal.curvature.operators import FiniteDifferenceOperator, HessianOperator
 from lal.curvature.params import loss_function, params_of

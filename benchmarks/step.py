@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from lal.core.device import device_name, generator, resolve_device, seeded
-from lal.core.models import GrokTransformer
-from lal.core.task import Examples, Task, encode, examples
+from lal.modular.models import GrokTransformer
+from lal.modular.task import Examples, Task, encode, examples
 
 
 @dataclass(frozen=True)

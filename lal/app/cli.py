@@ -48,7 +48,7 @@ from lal.core.device import (
     environment,
     threads,
 )
-from ..core.models import create_model
+from ..modular.models import create_model
 from ..core.run import RunFolder, grok_epoch, memorised_epoch
 from ..core.trainer import NonFiniteLoss, Trainer, as_begun, available
 from lal.hooks.framework import (

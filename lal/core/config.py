@@ -18,8 +18,8 @@ from types import UnionType
 from typing import Any, Callable, Union, get_args, get_origin, get_type_hints
 import yaml
 from .device import DEVICES
-from .models import MODELS
-from lal.core.task import (
+from ..modular.models import MODELS
+from lal.modular.task import (
     ONEHOT_LIMIT,
     OPERATIONS,
     ORDERINGS,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from ..core.config import nearest
 from ..core.device import generator
-from ..core.task import Task, encode, examples
+from ..modular.task import Task, encode, examples
 from .hvp import ALONE, check_finite, check_point, gradient, no_randomness
 from .operators import HessianOperator
 from .params import Params, loss_function, norm

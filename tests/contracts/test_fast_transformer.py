@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, jvp, vmap
 from lal.core.device import deterministic, seeded
-from lal.core.models import GrokTransformer
-from lal.core.task import OPERATIONS, Task, encode, examples
+from lal.modular.models import GrokTransformer
+from lal.modular.task import OPERATIONS, Task, encode, examples
 
 P, WIDTH = 5, 8
 LARGE, SMALL = 18, 4  # on either side of P, and of 2 P, the prefixes of `both`

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 from lal.core.device import generator, seeded
-from lal.core.models import BaselineMLP, GrokTransformer
-from lal.core.task import Task, encode, examples
+from lal.modular.models import BaselineMLP, GrokTransformer
+from lal.modular.task import Task, encode, examples
 from lal.curvature.hvp import SCHEMES, STEPS, gradient, hvp
 from lal.curvature.params import axpy, cosine, dot, flatten, loss_function, norm, params_of, unflatten
 

@@ -11,13 +11,13 @@ def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", WITHOUT + code], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("module", ["lal.app.pages", "lal.app.notebooks"])
+@pytest.mark.parametrize("module", ["lal.book.pages", "lal.book.notebooks"])
 def test_the_module_imports(module):
     done = run(f"import {module}")
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("call", ["lal.app.pages.readme('nbs/index.ipynb')", "lal.app.notebooks.execute('nbs/index.ipynb')"])
+@pytest.mark.parametrize("call", ["lal.book.pages.readme('nbs/index.ipynb')", "lal.book.notebooks.execute('nbs/index.ipynb')"])
 def test_what_needs_nbdev_names_the_extra(call):
-    done = run(f"import lal.app.pages, lal.app.notebooks; {call}")
+    done = run(f"import lal.book.pages, lal.book.notebooks; {call}")
     assert done.returncode != 0 and "pip install 'lal[dev]'" in done.stderr.splitlines()[-1]

@@ -13,8 +13,8 @@ from torch import nn
 from torch.func import grad, jacfwd, jacrev
 
 from lal.core.device import generator, seeded
-from lal.core.models import BaselineMLP, GrokTransformer
-from lal.core.task import Task, encode, examples
+from lal.modular.models import BaselineMLP, GrokTransformer
+from lal.modular.task import Task, encode, examples
 from lal.curvature.gauss_newton import FisherOperator, GaussNewtonOperator, JacobianOperator, outputs_function
 from lal.curvature.hvp import gradient, hvp
 from lal.curvature.operators import (

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from lal.core.device import generator, seeded
-from lal.core.models import BaselineMLP, GrokTransformer
-from lal.core.task import Task, encode, examples
+from lal.modular.models import BaselineMLP, GrokTransformer
+from lal.modular.task import Task, encode, examples
 from lal.curvature.hvp import gradient
 from lal.curvature.operators import HessianOperator
 from lal.curvature.params import flatten, loss_function, params_of

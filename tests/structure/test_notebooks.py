@@ -1,4 +1,4 @@
-"Each notebook keeps the rules that nbs/app/03_notebooks.ipynb explains."
+"Each notebook keeps the rules that nbs/book/02_notebooks.ipynb explains."
 import tempfile
 from pathlib import Path
 

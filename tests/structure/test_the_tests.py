@@ -10,7 +10,7 @@ from lal.app import pages
 from conftest import ROOT, copy_checkout, python
 from test_package import export_differences
 
-SAMPLE = ROOT / "nbs/app/02_pages.ipynb"
+SAMPLE = ROOT / "nbs/book/01_pages.ipynb"
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +19,10 @@ def copy(tmp_path_factory):
 
 
 def test_export_check_names_edited_stray_and_missing_modules(copy):
-    (copy / "lal/app/pages.py").write_text((copy / "lal/app/pages.py").read_text() + "\nedited = 1\n")
+    (copy / "lal/book/pages.py").write_text((copy / "lal/book/pages.py").read_text() + "\nedited = 1\n")
     (copy / "lal/app/stray.py").write_text("x = 1\n")
-    (copy / "lal/app/notebooks.py").unlink()
-    assert {line.split()[0] for line in export_differences(copy)} >= {"lal/app/pages.py", "lal/app/stray.py", "lal/app/notebooks.py"}
+    (copy / "lal/book/notebooks.py").unlink()
+    assert {line.split()[0] for line in export_differences(copy)} >= {"lal/book/pages.py", "lal/app/stray.py", "lal/book/notebooks.py"}
 
 
 def test_an_edited_cell_makes_outputs_stale():
@@ -64,9 +64,9 @@ def test_a_notebook_that_tests_leave_out_is_found(tmp_path, how):
 
 def test_a_dead_link_on_a_built_page_is_found(site, tmp_path):
     broken = shutil.copytree(site, tmp_path / "site")
-    page = broken / "app/pages.html"
+    page = broken / "book/pages.html"
     page.write_text(page.read_text() + '<a href="#no-such-heading">x</a><a href="../core/nowhere.html">y</a>')
-    assert {"app/pages.html: #no-such-heading", "app/pages.html: ../core/nowhere.html"} <= set(pages.dead_links(broken))
+    assert {"book/pages.html: #no-such-heading", "book/pages.html: ../core/nowhere.html"} <= set(pages.dead_links(broken))
 
 
 def test_a_failing_notebook_leaves_its_file_and_exits_nonzero(copy):
@@ -76,6 +76,6 @@ def test_a_failing_notebook_leaves_its_file_and_exits_nonzero(copy):
     path.write_text(json.dumps(nb))
     before = path.read_text()
     shutil.copytree(ROOT / "lal", copy / "lal", dirs_exist_ok=True)
-    done = python("from lal.app.notebooks import main; main(['nbs/app/index.ipynb'])", copy)
+    done = python("from lal.book.notebooks import main; main(['nbs/app/index.ipynb'])", copy)
     assert done.returncode != 0 and "ZeroDivisionError" in done.stderr and "1 / 0" in done.stderr
     assert path.read_text() == before
