@@ -91,7 +91,7 @@ class Run:
         "One line: device, torch version, p, seed and seconds of training."
         c, e, seconds = self.config, self.environment, self.summary.get("seconds", 0.0)
         return ran_on(
-            e["device_name"], c["p"], c["seed"], seconds, e["versions"]["torch"]
+            e["device_name"], f"p = {c['p']}", c["seed"], seconds, e["versions"]["torch"]
         )
 
     @property

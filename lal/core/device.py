@@ -78,6 +78,7 @@ def generator(
     "A CPU generator for one stream of random decisions of the run with this seed."
     if seed < 0:
         raise ValueError(f"seed = {seed}: must be 0 or larger")
+    seed += int(os.environ.get("LAL_SEED_SHIFT", 0))  # moves every stream at once
     state = np.random.SeedSequence([seed, *stream.encode()]).generate_state(
         1, np.uint32
     )[0]
@@ -203,7 +204,7 @@ def environment(device: str | torch.device = "cpu") -> dict:
 # %% ../../nbs/core/02_device.ipynb #cc6cae44
 def ran_on(
     device: str,  # its name, as `device_name` gives it and `environment.json` records it
-    p: int,  # modulus of the task
+    about: str,  # what was trained, in a few words: "p = 47", "add mod 47, transformer"
     seed: int | list[int],  # the run's seed, or several
     seconds: float,  # wall-clock time of training
     torch_version: str = torch.__version__,
@@ -214,4 +215,4 @@ def ran_on(
         if isinstance(seed, (list, tuple))
         else f"seed {seed}"
     )
-    return f"ran on {device}, torch {torch_version}, p = {p}, {seeds}, {seconds:.1f} s"
+    return f"ran on {device}, torch {torch_version}, {about}, {seeds}, {seconds:.1f} s"
