@@ -43,7 +43,8 @@ Schema = Annotated[
     bool, typer.Option("--schema", help="JSON Schema of a configuration file.")
 ]
 ExperimentName = Annotated[
-    str, typer.Option(metavar="NAME", help="Whose keys `--keys` and `--schema` show.")
+    str | None,
+    typer.Option(metavar="NAME", help="Whose keys `--keys` and `--schema` show."),
 ]
 
 # %% ../../nbs/app/04_configs.ipynb #01e95406
@@ -52,7 +53,7 @@ def list_configs(
     context: typer.Context,
     keys: Keys = False,
     schema: Schema = False,
-    experiment: ExperimentName = "modular",
+    experiment: ExperimentName = None,
 ):
     "List the configurations that ship, every key, or the schema of a file."
     if context.invoked_subcommand:
@@ -61,17 +62,17 @@ def list_configs(
         if schema:
             say(json.dumps(file_schema(experiment), indent=2))
         elif keys:
-            rows = keys_table(experiment)
+            rows = keys_table(experiment or "modular")
             out.print(table(("key", "default", "meaning", "condition"), rows))
         else:
             out.print(table(("name", "about", "length", "for"), shipped_table()))
 
 # %% ../../nbs/app/04_configs.ipynb #1e377f76
-def file_schema(experiment: str = "modular") -> dict:
-    "JSON Schema of a configuration file, with the options of every registered hook."
-    import lal.hooks.registry  # registers the hooks  # noqa: F401
+def file_schema(experiment: str | None = None) -> dict:
+    "JSON Schema of a configuration file of one experiment or any, with the options of every hook."
+    from lal.hooks.registry import hooks_schema
 
-    return config_schema(experiment)
+    return config_schema(experiment, hooks_schema())
 
 # %% ../../nbs/app/04_configs.ipynb #0e02d25f
 @configs.command()

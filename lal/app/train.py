@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['ConfigName', 'ConfigFile', 'Changes', 'HookNames', 'HookOptions', 'Profile', 'Name', 'Root', 'Resume', 'ExtraEpochs',
-           'ExtraSteps', 'Overwrite', 'Quiet', 'as_changes', 'hook_change', 'check_usage', 'check_place', 'train',
-           'train_all', 'carry_out', 'announcement', 'outcome', 'resume_command', 'hooks_reported', 'print_profile']
+           'ExtraSteps', 'Overwrite', 'Quiet', 'as_changes', 'hook_change', 'given_keys', 'check_usage', 'check_place',
+           'train', 'train_all', 'carry_out', 'announcement', 'outcome', 'resume_command', 'hooks_reported',
+           'print_profile']
 
 # %% ../../nbs/app/03_train.ipynb #c73d1d66
 import json, math, shlex, sys, time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 import typer
 from .output import exit_codes, out, say, table, tell, warnings_in_a_line
-from .report import check_page, open_line
+from .report import check_folder, check_page, open_line
 from lal.core.config import (
     Config,
     changed_keys,
     find_config,
     load_config,
     one_per_seed,
+    parse_set,
 )
 from ..core.errors import ConfigError
 from ..core.experiment import find_experiment
@@ -53,34 +55,40 @@ def hook_change(text: str) -> str:
         raise ConfigError(f"'{text}' is not of the form {form}", source="--hook")
     return f"hooks.{name}.{option}={value}"
 
+# %% ../../nbs/app/03_train.ipynb #6e3c662e
+def given_keys(changes: tuple[str, ...], experiment: str = "modular") -> set[str]:
+    "The keys that `key=value` texts set: `p`, `hooks`, `hooks.hessian.epsilon`."
+    names = {parse_set(text)[0] for text in changes}
+    of_hooks = {name for name in names if name.split(".")[0] == "hooks"}
+    return (changed_keys(changes, experiment) - {"hooks"}) | of_hooks
+
 # %% ../../nbs/app/03_train.ipynb #f35fb42b
-# ruff: noqa: UP045
 ConfigName = Annotated[
-    Optional[str],
+    str | None,
     typer.Argument(
         metavar="CONFIG",
         help="A shipped name (see `lal configs`) or the path of a YAML file.",
     ),
 ]
 ConfigFile = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--config", metavar="FILE", help="The same, as an option."),
 ]
 Changes = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Change one key; may be given many times."
     ),
 ]
 HookNames = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         metavar="SET|NAMES",
         help="What to measure on the way: none, minimal, observers, interventions, full, or names separated by commas (see `lal hooks`).",
     ),
 ]
 HookOptions = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option(
         "--hook",
         metavar="NAME.OPTION=VALUE",
@@ -92,7 +100,7 @@ Profile = Annotated[
 ]
 
 # %% ../../nbs/app/03_train.ipynb #a10822c3
-Name = Annotated[Optional[str], typer.Option(help="Name of the run and its folder.")]
+Name = Annotated[str | None, typer.Option(help="Name of the run and its folder.")]
 Root = Annotated[Path, typer.Option(help="Where run folders live.")]
 Resume = Annotated[
     bool,
@@ -128,9 +136,9 @@ def check_usage(config, config_file, resume, extra: dict, overwrite) -> None:
 def check_place(root: Path, config: Config) -> None:
     "`ConfigError` when runs or their page can't be written below `root`."
     above = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
-    check_page(
-        above / f".{config.name}" if above != root else root / f"{config.name}.html"
-    )
+    check_folder(above)
+    if above == root.absolute():
+        check_page(root / f"{config.name}.html")
 
 # %% ../../nbs/app/03_train.ipynb #336cd261
 def train(
@@ -160,7 +168,7 @@ def train(
         from lal.core.trainer import available
 
         available(whole, str(find_config(config or config_file)))
-        given, progress = changed_keys(texts), False if quiet else None
+        given, progress = given_keys(texts, whole.experiment), False if quiet else None
         train_all(whole, root, going_on, given, overwrite, extra, progress)
 
 # %% ../../nbs/app/03_train.ipynb #fbcc891a
