@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['OWN_COLUMNS', 'EXPERIMENTS', 'GROUP', 'Metric', 'Milestone', 'milestones_reached', 'Experiment',
-           'register_experiment', 'known_experiments', 'find_experiment', 'declaration', 'history_columns']
+           'register_experiment', 'own_experiments', 'known_experiments', 'find_experiment', 'import_all',
+           'declaration', 'history_columns']
 
 # %% ../../nbs/core/08_experiment.ipynb #cf455f56
-import importlib
+import importlib, inspect, sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
-from importlib.util import find_spec
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Iterator
 from .errors import ConfigError, nearest
 
@@ -143,25 +145,61 @@ def register_experiment(experiment):
     return experiment
 
 # %% ../../nbs/core/08_experiment.ipynb #b99f6266
+def own_experiments() -> list[str]:
+    "The parts of this package that bring an experiment."
+    package = Path(inspect.getfile(ConfigError)).parents[1]
+    found = {file.parent.name for file in package.glob("*/experiment.py")}
+    return sorted(found - {"core"})
+
+# %% ../../nbs/core/08_experiment.ipynb #b0c839a0
 def known_experiments() -> list[str]:
-    "The names of all experiments that are registered or installed."
-    return sorted({*EXPERIMENTS, *(entry.name for entry in entry_points(group=GROUP))})
+    "The names of all experiments that can be found."
+    installed = {e.name for e in entry_points(group=GROUP)}
+    return sorted({*EXPERIMENTS, *own_experiments(), *installed})
 
 # %% ../../nbs/core/08_experiment.ipynb #fce4fca9
 def find_experiment(name: str, source: str | None = None) -> Experiment:
-    "The experiment of this name. Raises `ConfigError` with the names there are."
+    "The experiment of this name. Raises `ConfigError`, with the nearest known name."
     if isinstance(name, str) and name not in EXPERIMENTS:
-        installed = [*entry_points(group=GROUP, name=name)]
-        own = f"lal.{name}.experiment"
-        if installed:
+        if name in own_experiments():
+            module = importlib.import_module(f"lal.{name}.experiment")
+            register_experiment(getattr(module, name.capitalize()))
+        elif installed := [*entry_points(group=GROUP, name=name)]:
             register_experiment(installed[0].load())
-        elif name.isidentifier() and find_spec(f"lal.{name}") and find_spec(own):
-            importlib.import_module(own)
     if not isinstance(name, str) or name not in EXPERIMENTS:
         known = known_experiments()
         reason = f"must be one of {', '.join(known)}{nearest(name, known)}"
         raise ConfigError(reason, "experiment", name, source)
     return EXPERIMENTS[name]
+
+# %% ../../nbs/core/08_experiment.ipynb #191bc6fb
+def import_all(names: list[str], source: str | None = None) -> None:
+    "Import modules and `.py` files, once each. Raises `ConfigError`."
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ConfigError("must be a list of names", "imports", names, source)
+    for name in names:
+        try:
+            if name.endswith(".py"):
+                _import_file(Path(name).resolve())
+            else:
+                importlib.import_module(name)
+        except ConfigError:
+            raise
+        except Exception as error:
+            reason = f"can't be imported: {type(error).__name__}: {error}"
+            raise ConfigError(reason, "imports", name, source) from error
+
+
+def _import_file(path: Path) -> None:
+    if str(path) in sys.modules:
+        return
+    spec = spec_from_file_location(str(path), path)
+    sys.modules[spec.name] = module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
 
 # %% ../../nbs/core/08_experiment.ipynb #0f0a6431
 def declaration(experiment: Experiment, config: "Config") -> dict:
