@@ -124,6 +124,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lal.app.train': { 'lal.app.train.announcement': ('app/train.html#announcement', 'lal/app/train.py'),
                                'lal.app.train.as_changes': ('app/train.html#as_changes', 'lal/app/train.py'),
                                'lal.app.train.carry_out': ('app/train.html#carry_out', 'lal/app/train.py'),
+                               'lal.app.train.check_machine': ('app/train.html#check_machine', 'lal/app/train.py'),
                                'lal.app.train.check_place': ('app/train.html#check_place', 'lal/app/train.py'),
                                'lal.app.train.check_usage': ('app/train.html#check_usage', 'lal/app/train.py'),
                                'lal.app.train.given_keys': ('app/train.html#given_keys', 'lal/app/train.py'),

@@ -7,14 +7,13 @@ __all__ = ['hooks', 'KINDS', 'hook_class', 'list_hooks', 'facts', 'option_rows',
 
 # %% ../../nbs/app/06_hooks.ipynb #effd84fd
 from typing import Annotated
-import json
 import typer
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from .formulas import readable
 from .output import WIDE, exit_codes, out, say, table
-from ..core.errors import ConfigError, nearest
+from ..core.errors import ConfigError, nearest, shown
 
 # %% ../../nbs/app/06_hooks.ipynb #31c10793
 def hook_class(name: str) -> type:
@@ -78,17 +77,15 @@ def facts(cls: type) -> list[tuple[str, str]]:
         ("needs", "; ".join(needs) or "nothing kept for it"),
     ]
 
-# %% ../../nbs/app/06_hooks.ipynb #0f5ba5ec
+# %% ../../nbs/app/06_hooks.ipynb #5784d908
 def option_rows(cls: type) -> list[tuple[str, str, str]]:
     "`(option, default, meaning and condition)` of a hook's options."
     from lal.hooks.framework import declared_options
 
-    rows = []
-    for option, (default, declared) in declared_options(cls).items():
-        meaning, condition = (declared.metadata[k] for k in ("meaning", "condition"))
-        said = f"{meaning} ({condition.says})" if condition else meaning
-        rows.append((option, json.dumps(default).strip('"'), said))
-    return rows
+    return [
+        (key.name, shown(key.default), f"{key.meaning} ({key.condition})" if key.condition else key.meaning)
+        for key in declared_options(cls).values()
+    ]  # fmt: skip
 
 # %% ../../nbs/app/06_hooks.ipynb #17d78ba6
 def metric_rows(cls: type) -> list[tuple[str, str, str, str]]:

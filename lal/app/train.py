@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ConfigName', 'ConfigFile', 'Changes', 'HookNames', 'HookOptions', 'Profile', 'Name', 'Root', 'Resume', 'ExtraEpochs',
            'ExtraSteps', 'Overwrite', 'Quiet', 'as_changes', 'hook_change', 'given_keys', 'check_usage', 'check_place',
-           'train', 'train_all', 'carry_out', 'announcement', 'outcome', 'resume_command', 'hooks_reported',
-           'print_profile']
+           'check_machine', 'train', 'train_all', 'carry_out', 'announcement', 'outcome', 'resume_command',
+           'hooks_reported', 'print_profile']
 
 # %% ../../nbs/app/03_train.ipynb #c73d1d66
 import json, math, shlex, sys, time
@@ -140,6 +140,21 @@ def check_place(root: Path, config: Config) -> None:
     if above == root.absolute():
         check_page(root / f"{config.name}.html")
 
+# %% ../../nbs/app/03_train.ipynb #5bda79bf
+def check_machine(config: Config, source: str, new: bool) -> None:
+    "`ConfigError` when the device is not here or, for a new run, the hooks are wrong."
+    from lal.core.trainer import available
+    from lal.hooks.registry import create_hooks
+
+    available(config, source)
+    try:
+        hooks = create_hooks(config) if new else None
+    except ConfigError as error:
+        raise ConfigError(str(error), source=source) from None
+    if new and config.profile_hooks and hooks is None:
+        reason = "--profile measures hooks, and none is on: add --hooks minimal"
+        raise ConfigError(reason)
+
 # %% ../../nbs/app/03_train.ipynb #336cd261
 def train(
     config: ConfigName = None,
@@ -165,9 +180,7 @@ def train(
         whole = load_config(config or config_file, texts, **more)
         check_place(root, whole)
         going_on = resume or any(extra.values())
-        from lal.core.trainer import available
-
-        available(whole, str(find_config(config or config_file)))
+        check_machine(whole, str(find_config(config or config_file)), not going_on)
         given, progress = given_keys(texts, whole.experiment), False if quiet else None
         train_all(whole, root, going_on, given, overwrite, extra, progress)
 
@@ -188,8 +201,8 @@ def train_all(
 
     plans = plan(whole, root, going_on, given, overwrite, extra)
     todo = [(p, p.trainer(root, progress)) for p in plans if p.action != SKIP]
-    for planned, trainer in todo[:1]:
-        check_reference(planned.config, root, trainer)
+    for _, trainer in todo[:1]:
+        check_reference(trainer)
     for planned in plans:
         if planned.action == SKIP:
             c = planned.config

@@ -12,7 +12,9 @@ from pathlib import Path
 from ..core.config import Config, one_per_seed, with_values
 from ..core.errors import ConfigError, RunError
 from ..core.run import RunFolder, checkpoints
-from ..core.trainer import Trainer, as_begun
+from ..core.experiment import find_experiment
+from ..core.recorder import stop_rule_met
+from ..core.trainer import Trainer, build_state, check_resume, was_sent_on
 from ..hooks.framework import declared_options, load_reference
 from ..hooks.registry import create_hooks
 
@@ -59,11 +61,17 @@ def newest_saved(folder: RunFolder) -> int:
     "Epoch or step of the newest numbered checkpoint, 0 without one."
     return max((int(f.stem) for f in checkpoints(folder.path)), default=0)
 
-# %% ../../nbs/scale/01_plan.ipynb #bdda81c7
+# %% ../../nbs/scale/01_plan.ipynb #eb5cf74a
 def finished(folder: RunFolder, config: Config) -> bool:
     "Whether there is nothing left to train."
-    done = folder.summary["status"] == "finished"
-    return done and newest_saved(folder) >= (config.until or 0)
+    if folder.summary["status"] != "finished":
+        return False
+    experiment = find_experiment(config.experiment)
+    headlines = folder.history.get(experiment.headline, ())
+    stopped = stop_rule_met(experiment, config.stop_at, headlines)
+    if stopped and not was_sent_on(folder):
+        return True
+    return newest_saved(folder) >= (config.until or 0)
 
 # %% ../../nbs/scale/01_plan.ipynb #616a954a
 def hook_options(config: Config) -> dict[str, dict]:
@@ -102,10 +110,12 @@ def check_hooks(
                 raise ConfigError(reason, f"hooks.{name}.{o}", now[name][o])
 
 # %% ../../nbs/scale/01_plan.ipynb #b5ddb886
-def check_reference(config: Config, root: Path, trainer: Trainer) -> None:
+def check_reference(trainer: Trainer) -> None:
     "`ConfigError` when the reference is absent, or has other tensors than the network."
+    config = trainer.config
     if config.reference is not None and trainer.hooks is not None:
-        load_reference(config.reference, root, trainer._build())
+        state = build_state(config, trainer.device, trainer.experiment)
+        load_reference(config.reference, trainer.root, state)
 
 # %% ../../nbs/scale/01_plan.ipynb #3f9d22c8
 def plan(
@@ -151,7 +161,7 @@ def continued(wanted: Config, root: Path, given: set, extra: dict) -> Planned:
     folder = RunFolder(root / wanted.name)
     check_run(folder)
     plain = {key for key in given if key.split(".")[0] != "hooks"}
-    begun = as_begun(folder.config, wanted, plain, "--set")
+    begun = check_resume(folder.config, wanted, plain, "--set")
     check_hooks(folder.config, wanted, given)
     more = extra.get(begun.unit, 0)
     if any(extra.values()) and not more:
