@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEMORISED', 'GROKKED', 'IN_A_ROW', 'FLUSH_SECONDS', 'HISTORY', 'RUN_FILES', 'INTERRUPTED', 'first_sustained',
-           'memorised_epoch', 'grok_epoch', 'RunFolder', 'create_run', 'replaceable', 'checkpoints',
+           'memorised_epoch', 'grok_epoch', 'as_written', 'RunFolder', 'create_run', 'replaceable', 'checkpoints',
            'newest_checkpoint', 'summarize']
 
 # %% ../../nbs/core/07_run.ipynb #fcc7abb8
@@ -15,16 +15,9 @@ import filelock
 import pandas as pd
 import torch
 
-from lal.core.config import (
-    Config,
-    ConfigError,
-    a_mapping,
-    make_config,
-    read_yaml,
-    to_yaml,
-)
+from .config import Config, make_config, read_hooks, to_yaml
+from .errors import ConfigError, DamagedCheckpoint
 from lal.core.files import (
-    DamagedCheckpoint,
     load_checkpoint,
     make_folder,
     remove_drafts,
@@ -32,6 +25,7 @@ from lal.core.files import (
     write_whole,
     writing,
 )
+from .keys import a_mapping, read_yaml
 from .tables import Table, read_table
 
 # %% ../../nbs/core/07_run.ipynb #a72de452
@@ -64,6 +58,19 @@ def grok_epoch(history: pd.DataFrame, unit: str = "epoch") -> int | None:
         history[unit].to_numpy(), history.test_acc, GROKKED, IN_A_ROW
     )
 
+# %% ../../nbs/core/07_run.ipynb #c5d5d750
+def as_written(values: dict) -> dict:
+    "The values of a run's `config.yaml` under today's keys, whichever version wrote them."
+    values = dict(values)
+    if "stop_at_test_acc" in values:
+        values["stop_at"] = values.pop("stop_at_test_acc")
+    options = values.pop("hook_options", None) or {}
+    if isinstance(hooks := values.get("hooks"), list):
+        options = {name: given for name, given in options.items() if name in hooks}
+    if hooks := read_hooks(hooks):
+        values["hooks"] = {**hooks, **options}
+    return values
+
 # %% ../../nbs/core/07_run.ipynb #25210dae
 FLUSH_SECONDS = 10.0
 HISTORY = ["epoch", "step", "train_loss", "test_loss", "train_acc", "test_acc"]
@@ -93,7 +100,8 @@ class RunFolder:
     def config(self) -> Config:
         "The run's configuration."
         file = self.path / "config.yaml"
-        return make_config(a_mapping(read_yaml(file), str(file)), source=str(file))
+        values = as_written(a_mapping(read_yaml(file), str(file)))
+        return make_config(values, source=str(file))
 
     @property
     def environment(self) -> dict:

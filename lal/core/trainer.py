@@ -284,7 +284,7 @@ class Recorder:
 
     def reached(self) -> bool:
         "Whether the stopping rule is met: test accuracy high at five log points in a row."
-        goal, recent = self.config.stop_at_test_acc, self.recent
+        goal, recent = self.config.stop_at, self.recent
         if goal is None or self.config.until or len(recent) < IN_A_ROW:
             return False
         return all(accuracy >= goal for accuracy in recent)
@@ -458,7 +458,7 @@ class Trainer:
                 "a Trainer trains one seed; make one for each of `one_per_seed(config)`"
             )
             raise ConfigError(reason, "seeds", config.seeds)
-        if hooks is None and config.hooks not in ("none", [], ["none"]):
+        if hooks is None and config.hooks:
             reason = "needs hooks=create_hooks(config), of lal.hooks.registry; with hooks = none nobody watches"
             raise ConfigError(reason, "hooks", config.hooks)
         self.config, self.root, self.overwrite = config, Path(root), overwrite
