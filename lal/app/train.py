@@ -242,23 +242,27 @@ def announcement(trainer) -> str:
     about = find_experiment(c.experiment).describe(c)
     return f"{c.name}: {about}, seed {c.seed}, on {where}"
 
-# %% ../../nbs/app/03_train.ipynb #ac6ed043
+# %% ../../nbs/app/03_train.ipynb #73294d3d
 def outcome(run) -> str:
     "One line: when a run reached its milestones, its last headline, and how long it took."
-    declared = run.declaration_of_history
-    parts = []
-    for m in declared["milestones"]:
-        when, done = run.when(m["name"], run.unit), m["said"] or m["name"]
-        parts.append(
-            f"not {done}" if when is None else f"{done} at {run.unit} {when:,}"
-        )
-    stages = f"{', '.join(parts)}; " if parts else ""
-    column = run.headline
-    low, high = next(((c["low"], c["high"]) for c in declared["columns"] if c["name"] == column), (None, None))  # fmt: skip
-    last = run.history[column].iloc[-1]
-    value = f"{last:.1%}" if (low, high) == (0, 1) else f"{last:.4g}"
-    seconds = run.summary["seconds"]
-    return f"{run.name}: {stages}last {column} {value}; {run.length} in {seconds:.1f} s"
+    from lal.analysis.curves import (
+        column_words,
+        columns_of,
+        milestones_of,
+        reached,
+        value_words,
+    )
+
+    when, column = reached(run, run.unit), run.headline
+    stages = [
+        f"not {m.said}" if when[m.name] is None else f"{m.said} at {run.unit} {when[m.name]:,}"
+        for m in milestones_of(run)
+    ]  # fmt: skip
+    last = value_words(run.history[column].iloc[-1], columns_of(run)[column])
+    parts = [", ".join(stages)] if stages else []
+    parts += [f"last {column_words(run, column)} {last}"]
+    parts += [f"{run.length} in {run.summary['seconds']:.1f} s"]
+    return f"{run.name}: {'; '.join(parts)}"
 
 # %% ../../nbs/app/03_train.ipynb #78e094bb
 def resume_command(words: list[str], until: int | None = None) -> str:
