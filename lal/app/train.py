@@ -180,7 +180,8 @@ def train(
         whole = load_config(config or config_file, texts, **more)
         check_place(root, whole)
         going_on = resume or any(extra.values())
-        check_machine(whole, str(find_config(config or config_file)), not going_on)
+        source = f"{find_config(config or config_file)}{' with --set' if texts else ''}"
+        check_machine(whole, source, not going_on)
         given, progress = given_keys(texts, whole.experiment), False if quiet else None
         train_all(whole, root, going_on, given, overwrite, extra, progress)
 

@@ -10,7 +10,7 @@ __all__ = ['START', 'REPLACE', 'CONTINUE', 'SKIP', 'Planned', 'check_run', 'newe
 from dataclasses import dataclass
 from pathlib import Path
 from ..core.config import Config, one_per_seed, with_values
-from ..core.errors import ConfigError, RunError
+from ..core.errors import ConfigError, RunError, shown
 from ..core.run import RunFolder, checkpoints
 from ..core.experiment import find_experiment
 from ..core.recorder import stop_rule_met
@@ -97,17 +97,18 @@ def check_hooks(
         if then.keys() != now.keys():
             had = ",".join(then) or "none"
             reason = f"the run has hooks = {had}, and goes on as it began"
-            raise ConfigError(reason, "hooks", ",".join(now) or "none")
+            raise ConfigError(reason, "hooks", ",".join(now) or "none", "--set")
         keys |= {f"hooks.{n}.{o}" for n, more in wanted.hooks.items() for o in more}
     for key in sorted(keys - {"hooks"}):
         _, name, *option = key.split(".")
         if name not in then:
             reason = "is off in this run, which goes on as it began"
-            raise ConfigError(reason, f"hooks.{name}")
-        for o in option or now[name]:
+            raise ConfigError(reason, f"hooks.{name}", wanted.hooks.get(name), "--set")
+        for o in option or wanted.hooks.get(name, {}):
             if then[name][o] != now[name][o]:
-                reason = f"the run has {then[name][o]}, and goes on as it began"
-                raise ConfigError(reason, f"hooks.{name}.{o}", now[name][o])
+                had = shown(then[name][o])
+                reason = f"the run has {had}, and goes on as it began"
+                raise ConfigError(reason, f"hooks.{name}.{o}", now[name][o], "--set")
 
 # %% ../../nbs/scale/01_plan.ipynb #b5ddb886
 def check_reference(trainer: Trainer) -> None:
