@@ -210,6 +210,8 @@ def training_curves(
     for run in runs:
         _dots(fig, run, unit, panels, colors)
     _legend_once(fig)
+    if not fig.layout.title.text:
+        fig.update_layout(margin_t=56)  # room for plotly's buttons and the legend
     fig.update_xaxes(title=unit, row=n, col=1)
     return fig.update_xaxes(type="log") if log_epochs else fig
 

@@ -71,7 +71,8 @@ def _headline_row(run: Run, unit: str, when: dict, milestones) -> dict:
         name = f"{'lowest' if higher else 'highest'} {words} once {last.said}"
         row[name] = value_words(None if when[last.name] is None else worst, column)
     latest, best = (value_words(v, column) for v in headline_values(run))
-    return row | {f"last {words}": latest, f"best {words}": best}
+    row[f"last {words}"] = latest
+    return row if milestones else row | {f"best {words}": best}
 
 # %% ../../nbs/analysis/06_report.ipynb #6e700005
 def reading(runs: list[Run]) -> str:

@@ -334,6 +334,7 @@ def write_run(
         units = ("epoch", "step")
         dated = {f"{m}_{u}": at for u in units for m, at in reached(run, u).items()}
         last = {f"{unit}s": int(history[unit].max()) for unit in units}
+        last[f"best_{run.headline}"] = headline_values(run)[1]
         write_json(
             path / "summary.json", {"status": status, **last, **dated, **summary}
         )
