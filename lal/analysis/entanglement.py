@@ -73,7 +73,7 @@ def entanglement_finding(runs) -> str:
 
 # %% ../../nbs/analysis/03_entanglement.ipynb #e17a0010
 PANELS = {
-    "relative {change} of the next gradient; lr × {entanglement}": {
+    "relative {change}, and lr × {entanglement}": {
         "sgd_change": "entanglement",
         CHANGE: "change",
     },

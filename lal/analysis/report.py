@@ -84,7 +84,8 @@ def reading(runs: list[Run]) -> str:
     if {"train", "test"} <= parts:
         words.append("Blue: on the data trained on. Orange: on data held out.")
     if there:
-        words.append(f"A dot marks where a run {' or '.join(said)}.")
+        either = " or ".join([", ".join(said[:-1])] * (len(said) > 1) + said[-1:])
+        words.append(f"A dot marks where a run {either}.")
     if there and len(said) > 1:
         words.append(
             "The distance between a run's dots is the delay from one to the next."
@@ -255,21 +256,26 @@ def report_html(runs: list[Run]) -> str:
         "machine": _machine(runs),
         "config": shared_config(runs),
     }
-    table = stages_table(runs).replace("", None)
+    table = stages_table(runs).astype(object)
     return PAGE.format(
         **{name: escape(text) for name, text in words.items()},
         figure=figure_html(training_curves(runs, title=""), "curves", first=True),
         entanglement=entanglement_section(runs),
         hooks=hooks_section(runs),
-        table=table.to_html(index=False, border=0, na_rep="-"),
+        table=table.map(_cell).to_html(index=False, border=0),
     )
+
+
+def _cell(value) -> str:
+    return "-" if pd.isna(value) or value == "" else str(value)
 
 
 def _machine(runs: list[Run]) -> str:
     seconds = sum(run.summary.get("seconds", 0.0) for run in runs)
     ran = [(r.environment["device_name"], r.environment["versions"]) for r in runs]
     on = [f"{name}, torch {v['torch']}, Python {v['python']}" for name, v in ran]
-    return f"{' / '.join(dict.fromkeys(on))}; {seconds:.1f} s of training in all."
+    said = f"; {seconds:.1f} s of training in all." if seconds else "."
+    return " / ".join(dict.fromkeys(on)) + said
 
 # %% ../../nbs/analysis/06_report.ipynb #4b2612f2
 def write_report(
