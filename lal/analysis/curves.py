@@ -20,7 +20,7 @@ def part_and_quantity(column: str) -> tuple[str, str]:
     part, _, quantity = column.partition("_")
     return (part, quantity) if part in ("train", "test") and quantity else ("", column)
 
-
+# %% ../../nbs/analysis/02_curves.ipynb #b75122e7
 def quantity_of(column: str) -> str:
     "The quantity alone: `loss` for `train_loss`."
     return part_and_quantity(column)[1]
@@ -55,14 +55,14 @@ def quantity_words(columns: list[dict]) -> str:
         shared.pop()
     return " ".join(shared) if 0 < len(shared) <= 4 else named
 
-
+# %% ../../nbs/analysis/02_curves.ipynb #b73eddd6
 def axis_words(run, column: str) -> str:
     "What the axis of a run's column is called: `accuracy` for `test_acc`."
     quantity, columns = quantity_of(column), columns_of(run).items()
     same = [declared for name, declared in columns if quantity_of(name) == quantity]
     return quantity_words(same) if same else quantity.replace("_", " ")
 
-
+# %% ../../nbs/analysis/02_curves.ipynb #b517aea9
 def column_words(run, column: str) -> str:
     "A column in words: `training accuracy` for `train_acc`."
     part, words = part_and_quantity(column)[0], axis_words(run, column)
@@ -74,7 +74,7 @@ def is_share(column: dict) -> bool:
     "Whether a column is declared to lie between 0 and 1."
     return (column.get("low"), column.get("high")) == (0, 1)
 
-
+# %% ../../nbs/analysis/02_curves.ipynb #b7777930
 def value_words(value: float | None, column: dict) -> str:
     "A value as a reader expects it: `98.6%` for a share, three digits otherwise; nothing for a missing one."
     if value is None or np.isnan(value):
@@ -86,7 +86,7 @@ def milestones_of(run) -> list[Milestone]:
     "The milestones that a run declares, in order."
     return [Milestone(**m) for m in run.declaration_of_history.get("milestones", [])]
 
-
+# %% ../../nbs/analysis/02_curves.ipynb #b5277463
 def reached(run, unit: str = "epoch") -> dict[str, int | None]:
     "When a run reached each of its milestones, in epochs or steps; `None` for those it has not reached."
     milestones, summary = milestones_of(run), getattr(run, "summary", {})
@@ -176,7 +176,7 @@ def panels_of(runs) -> dict[str, dict[str, dict]]:
             panels.setdefault(axis_words(run, name), {}).setdefault(name, column)
     return {words: columns for words, columns in panels.items() if columns}
 
-
+# %% ../../nbs/analysis/02_curves.ipynb #bc1f04a8
 def column_colors(panels: dict[str, dict]) -> dict[str, str]:
     "A colour for each column: blue for train, orange for test, that of its name, or one of the rest."
     colors, rest = (

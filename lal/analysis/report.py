@@ -92,7 +92,7 @@ def reading(runs: list[Run]) -> str:
         )
     return " ".join(words)
 
-
+# %% ../../nbs/analysis/06_report.ipynb #bf52fda9
 def meanings(runs: list[Run]) -> str:
     "What each column of these runs is, as declared."
     said = {
@@ -107,7 +107,7 @@ def meanings(runs: list[Run]) -> str:
     ]
     return ". ".join(word[0].upper() + word[1:] for word in words) + "." * bool(words)
 
-
+# %% ../../nbs/analysis/06_report.ipynb #b02f086e
 def definitions(runs: list[Run]) -> str:
     "What each milestone of these runs means."
     said = {}
@@ -143,7 +143,7 @@ def _values(runs: list[Run], key: str) -> str:
     short = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
     return " / ".join(dict.fromkeys(short))
 
-
+# %% ../../nbs/analysis/06_report.ipynb #bf4d07d9
 def shared_config(runs: list[Run]) -> str:
     "The configuration that these runs share as YAML, and the names of the keys in which they differ."
     configs = [run.config for run in runs]

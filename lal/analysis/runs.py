@@ -226,7 +226,7 @@ def read_into(run: Run) -> None:
         run.path / "history.parquet"
     )
 
-
+# %% ../../nbs/analysis/04_runs.ipynb #b3576867
 def flat_config(values: dict) -> dict:
     "A configuration's mapping with the keys of its section moved to the top."
     if not isinstance(values, dict):
@@ -234,7 +234,7 @@ def flat_config(values: dict) -> dict:
     section = values.get(values.get("experiment")) or {}
     return {k: v for k, v in values.items() if k != values.get("experiment")} | section
 
-
+# %% ../../nbs/analysis/04_runs.ipynb #b7b56db8
 def section_words(values: dict, most: int = 6) -> str:
     "The experiment and the first keys of its section: `modular, p 23, operation add`."
     name = values.get("experiment")
@@ -254,7 +254,7 @@ def progress(run: Run) -> str:
     ]
     return ", ".join(said) or _headline_words(run)
 
-
+# %% ../../nbs/analysis/04_runs.ipynb #b8367cd6
 def card(run: Run) -> str:
     "A run as a small HTML table."
     e = run.environment
@@ -293,7 +293,7 @@ def hook_names(folder: Path) -> list[str]:
     tables = {f.with_suffix(".parquet") for f in folder.glob("hooks/[!.]*.par*")}
     return sorted(t.stem for t in tables if t.exists() or all_parts(t))
 
-
+# %% ../../nbs/analysis/04_runs.ipynb #b20668eb
 def read_hook(run: Run, name: str, read):
     "What `read` makes of the table of one hook. Raises `RunError`."
     if name not in (there := run.hooks):
