@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 import pandas as pd
 import yaml
-from ..core.config import nearest
+from ..core.errors import nearest
 from ..core.device import ran_on
 from lal.core.run import (
     RunFolder,
