@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 import pandas as pd
 import plotly.io as pio
-import yaml
 from ..core.errors import RunError
 from ..core.files import write_whole
+from ..core.keys import write_yaml
 from lal.analysis.curves import (
     column_words,
     columns_of,
@@ -151,7 +151,7 @@ def shared_config(runs: list[Run]) -> str:
     keys = [k for k in dict.fromkeys(k for c in configs for k in c) if k not in own]
     differ = [k for k in keys if any(c.get(k) != configs[0].get(k) for c in configs)]
     shared = {k: configs[0].get(k) for k in keys if k not in differ}
-    text = yaml.safe_dump(shared, sort_keys=False, allow_unicode=True)
+    text = write_yaml(shared)
     return text + (f"# different: {', '.join(differ)}\n" if differ else "")
 
 # %% ../../nbs/analysis/06_report.ipynb #1b0186b2

@@ -17,6 +17,7 @@ import yaml
 from ..core.errors import RunError, nearest
 from ..core.device import environment, ran_on
 from ..core.files import load_checkpoint, write_json, write_whole
+from ..core.keys import write_yaml
 from ..core.run import RunFolder, checkpoints
 from ..core.tables import Table, all_parts, read_table, table_metadata
 from lal.analysis.curves import (
@@ -220,11 +221,9 @@ def read_into(run: Run) -> None:
     for file, (part, keys) in needs.items():
         if missing := [key for key in keys if key not in part]:
             raise KeyError(f"{file} has no {missing[0]}")
-    about = section_words(values)
-    made_up = undeclared(run.history, run.summary, about)
-    run.declaration_of_history = made_up | table_declaration(
-        run.path / "history.parquet"
-    )
+    declared = table_declaration(run.path / "history.parquet")
+    words = section_words(values)
+    run.declaration_of_history = declared or undeclared(run.history, run.summary, words)
 
 # %% ../../nbs/analysis/04_runs.ipynb #b3576867
 def flat_config(values: dict) -> dict:
@@ -321,7 +320,7 @@ def write_run(
     **summary,  # more for `summary.json`, for instance `seconds`
 ) -> Run:
     "Write a run folder from a table; made for logs that another program wrote."
-    path, text = Path(path), yaml.safe_dump(config, sort_keys=False)
+    path, text = Path(path), write_yaml(config)
     path.mkdir(parents=True)
     write_whole(path / "config.yaml", lambda draft: draft.write_text(text, "utf-8"))
     write_json(path / "environment.json", environment())
