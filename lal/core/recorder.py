@@ -224,7 +224,7 @@ class Recorder:
             save_checkpoint(place / "best.pt", best)
         hooks = call(self.hooks, "state_dict")
         more = {"best": {name: v for name, v in best.items() if name != "model"}}
-        more |= {"rows": self.folder.lengths(), "seconds": self.elapsed()}
+        more |= {"rows": self.folder.tables.lengths(), "seconds": self.elapsed()}
         more |= {} if hooks is None else {"hooks": hooks}
         state = self.state.checkpoint() | more
         save_checkpoint(place / (file or f"{self.now}.pt"), state)
