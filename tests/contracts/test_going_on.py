@@ -49,7 +49,7 @@ def test_resuming_with_a_contradiction_is_refused_also_when_finished(change, tmp
 
 
 def test_extra_epochs_count_from_where_the_run_stands(tmp_path):
-    one(tmp_path, "--set", "stop_at_test_acc=0.001", "--set", "log_every=1", "--set", "epochs=400")
+    one(tmp_path, "--set", "stop_at=0.001", "--set", "log_every=1", "--set", "epochs=400")
     stood = load_run(tmp_path / "one").max_epoch
     assert stood < 100
     one(tmp_path, "--extra-epochs", "3", small=())
