@@ -242,23 +242,24 @@ def _curve(run, column: dict, unit: str, log_epochs: bool, color: str) -> go.Sca
 
 
 def _axis(fig: go.Figure, row: int, columns: dict) -> dict:
-    "Percent for shares, a logarithm for positive values that span a decade, plain for the rest."
+    "Percent for shares, a logarithm for values above 0 that span a decade, plain for the rest."
     if all(map(is_share, columns.values())):
         return dict(tickformat=".0%", range=[-0.02, 1.08])
     values = np.concatenate([t.y for t in fig.select_traces(row=row, col=1)])
     values = values[np.isfinite(values)]
-    if len(values) and values.min() > 0 and values.max() >= 10 * values.min():
-        return log_axis(values)
-    return {}
+    above = values[values > 0]  # a loss of exactly 0 has no place on the axis
+    mostly = len(above) > len(values) / 2 and values.min() >= 0
+    return log_axis(above) if mostly and above.max() >= 10 * above.min() else {}
 
 
 def _legend_once(fig: go.Figure) -> None:
-    "One entry for each name, and none at all where there is only one."
-    seen = set()
-    for trace in fig.data:
-        trace.showlegend = trace.mode == "lines" and trace.name not in seen
-        seen.add(trace.name)
-    fig.update_layout(showlegend=len(seen) > 1)
+    "One entry for train and one for test; other columns are named by their axes."
+    entries = {}
+    for trace in (t for t in fig.data if t.mode == "lines"):
+        entries.setdefault(trace.name, trace)
+    fig.update_traces(showlegend=False)
+    for part in {"train", "test"} & set(entries):
+        entries[part].showlegend = True
 
 # %% ../../nbs/analysis/02_curves.ipynb #c0a1e225
 def _mark_levels(fig: go.Figure, row: int, words: str, runs, colors: dict) -> None:
