@@ -66,6 +66,7 @@ def main() -> int:
     low = {kind: ratio for kind, ratio in contrast.items() if ratio < 4.5}
     print(f"{len(sideways)} of {len(names)} pages scroll sideways at 390 px", *sideways, sep="\n  ")
     print(f"{len(outside)} addresses outside the site are loaded", *sorted(outside), sep="\n  ")
+    if not names: sys.exit(f"no pages in {given.site}: run make preview")
     print(f"lowest contrast of text: {min(contrast.values()):.2f}", *(f"{ratio:.2f} {kind}" for kind, ratio in sorted(low.items(), key=lambda item: item[1])), sep="\n  ")
     return bool(sideways or outside or low)
 

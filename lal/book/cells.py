@@ -15,8 +15,8 @@ from .figures import require
 
 # %% auto #0
 __all__ = ['RAW', 'notebooks', 'directives', 'is_run', 'is_tested', 'parsed', 'only_imports', 'SourceOnce', 'without_signature',
-           'FoldedImports', 'cell_options', 'fenced', 'output_markdown', 'cell_markdown', 'notebook_markdown',
-           'RawHtml']
+           'folded_imports', 'cell_options', 'fenced', 'output_markdown', 'cell_markdown', 'notebook_markdown',
+           'raw_html']
 
 # %% ../../nbs/book/02_cells.ipynb #07892fe0
 def notebooks(root: Path) -> list[Path]:
@@ -88,18 +88,16 @@ def without_signature(text: str) -> str:
     head, _, rest = text.removeprefix("---\n\n").partition("```python")
     return head + (rest[rest.index("\n|") :] if "\n|" in rest else "")
 
-# %% ../../nbs/book/02_cells.ipynb #f7192c40
-class FoldedImports:
+# %% ../../nbs/book/02_cells.ipynb #0ce9820a
+def folded_imports(cell: dict) -> None:
     "nbdev processor: a cell of imports, longer than three lines, is folded."
-
-    def __call__(self, cell):
-        if cell["cell_type"] != "code" or not only_imports(cell["source"]):
-            return
-        options, code = cell_options(cell["source"])
-        lines = [line for line in code.splitlines() if line.strip()]
-        if len(lines) > 3 and not options.keys() & {"code-fold", "echo", "include"}:
-            fold = '#| code-fold: true\n#| code-summary: "Imports"\n'
-            cell["source"] = fold + cell["source"]
+    if cell["cell_type"] != "code" or not only_imports(cell["source"]):
+        return
+    options, code = cell_options(cell["source"])
+    lines = [line for line in code.splitlines() if line.strip()]
+    if len(lines) > 3 and not options.keys() & {"code-fold", "echo", "include"}:
+        fold = '#| code-fold: true\n#| code-summary: "Imports"\n'
+        cell["source"] = fold + cell["source"]
 
 # %% ../../nbs/book/02_cells.ipynb #b99cb03a
 def cell_options(source: str) -> tuple[dict[str, str], str]:
@@ -195,11 +193,9 @@ def notebook_markdown(nb: dict) -> str:
         + "\n"
     )
 
-# %% ../../nbs/book/02_cells.ipynb #123e8bad
-class RawHtml:
+# %% ../../nbs/book/02_cells.ipynb #16e6e7ec
+def raw_html(cell: dict) -> None:
     "nbdev processor: HTML outputs become raw HTML in Markdown."
-
-    def __call__(self, cell):
-        for output in cell.get("outputs", []):
-            if "text/html" in output.get("data", {}):
-                output["data"] = {"text/markdown": output_markdown(output)}
+    for output in cell.get("outputs", []):
+        if "text/html" in output.get("data", {}):
+            output["data"] = {"text/markdown": output_markdown(output)}

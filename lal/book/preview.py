@@ -225,7 +225,7 @@ def read_book(root: Path, processed: Path, site: Path) -> Book:
 def copy_assets(processed: Path, nbs: Path, site: Path) -> None:
     "What pages refer to: pictures, styles, plotly.js."
     keep_out = shutil.ignore_patterns(
-        "*.ipynb", "_*", ".*", "nbdev.yml", "__pycache__", "*.py"
+        "*.ipynb", "_*", ".*", "nbdev.yml", "__pycache__", "*.py", "*.scss"
     )
     shutil.copytree(processed, site, ignore=keep_out)
     shutil.copyfile(nbs / "_preview.css", site / "preview.css")
