@@ -27,6 +27,6 @@ def python(code: str, cwd: Path, **env) -> subprocess.CompletedProcess:
 def site(tmp_path_factory) -> Path:
     "All pages, built from a copy of the checkout."
     copy = copy_checkout(tmp_path_factory.mktemp("pages") / "lal")
-    done = python("from lal.book.pages import main; main(['preview'])", copy)
+    done = python("from lal.book.preview import main; main()", copy)
     assert done.returncode == 0, f"the pages can't be built:\n{done.stdout}{done.stderr}"
     return copy / "_preview"
