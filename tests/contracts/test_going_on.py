@@ -9,9 +9,11 @@ from typer.testing import CliRunner
 from lal.analysis.runs import load_run
 from lal.app.cli import app
 from lal.core.config import load_config, make_config, with_values
+from lal.core.errors import Interrupted
 from lal.core.files import load_checkpoint, save_checkpoint
 from lal.core.run import RunFolder
-from lal.core.trainer import Interrupted, Recorder, Trainer
+from lal.core.recorder import Recorder
+from lal.core.trainer import Trainer
 
 SMALL = ("--set", "p=11", "--set", "epochs=8", "--set", "batch_size=16", "--set", "device=cpu", "--set", "checkpoint_every=4", "--set", "warmup_epochs=0")
 
@@ -48,13 +50,56 @@ def test_resuming_with_a_contradiction_is_refused_also_when_finished(change, tmp
     assert (tmp_path / "one/config.yaml").read_bytes() == before
 
 
-def test_extra_epochs_count_from_where_the_run_stands(tmp_path):
-    one(tmp_path, "--set", "stop_at_test_acc=0.001", "--set", "log_every=1", "--set", "epochs=400")
+@pytest.mark.parametrize("extra", [3, 12])  # fewer log points than the stopping rule wants in a row, and more
+def test_extra_epochs_count_from_where_the_run_stands(extra, tmp_path):
+    one(tmp_path, "--set", "stop_at=0.001", "--set", "log_every=1", "--set", "epochs=400")
     stood = load_run(tmp_path / "one").max_epoch
     assert stood < 100
-    one(tmp_path, "--extra-epochs", "3", small=())
-    assert load_run(tmp_path / "one").max_epoch == stood + 3
-    assert "finished already" in one(tmp_path, "--resume", "--set", f"until={stood + 3}", small=())
+    one(tmp_path, "--extra-epochs", str(extra), small=())
+    assert load_run(tmp_path / "one").max_epoch == stood + extra
+    assert "finished already" in one(tmp_path, "--resume", "--set", f"until={stood + extra}", small=())
+
+
+STOPPING = dict(p=7, hidden_dim=8, log_every=1, epochs=300, stop_at=0.001, threads=1, device="cpu")  # a level that every network reaches
+
+
+def test_the_stopping_rule_holds_whatever_until_says(tmp_path):
+    for name, until in (("whole", None), ("part", 200)):
+        Trainer(make_config(name=name, until=until, **STOPPING), tmp_path).fit()
+    whole, part = (load_run(tmp_path / name) for name in ("whole", "part"))
+    assert whole.max_epoch < 100 and whole.history.test_acc[-5:].min() >= 0.001
+    pd.testing.assert_frame_equal(whole.history, part.history, check_exact=True)
+    Trainer(make_config(name="part", until=250, **STOPPING), tmp_path).fit(resume=True)  # finished, and stays so
+    assert load_run(tmp_path / "part").max_epoch == whole.max_epoch
+
+
+def test_a_run_extended_before_its_rule_is_met_obeys_it(tmp_path):
+    stopped = Trainer(make_config(name="whole", **STOPPING), tmp_path).fit().history.epoch.max()
+    brief = make_config(name="brief", **STOPPING | dict(epochs=stopped - 2))
+    Trainer(brief, tmp_path).fit()
+    Trainer(brief, tmp_path).fit(extra_epochs=20)
+    assert load_run(tmp_path / "brief").max_epoch == stopped
+
+
+@pytest.mark.parametrize("stops", [(2,), (2, 9)])
+def test_a_run_sent_on_after_its_rule_was_met_trains_all_extra_epochs_also_when_stopped(stops, tmp_path):
+    class Alarm:
+        at = None
+
+        def fire(self, point, state):
+            if point == "post_step" and state.step == self.at: signal.raise_signal(signal.SIGTERM)
+
+    ended = {name: Trainer(make_config(name=name, **STOPPING), tmp_path).fit().history.epoch.max() for name in ("whole", "stopped")}
+    Trainer(make_config(name="whole", **STOPPING), tmp_path).fit(extra_epochs=12)
+    alarm, how = Alarm(), dict(extra_epochs=12)
+    for after in stops:
+        alarm.at = ended["stopped"] + after
+        with pytest.raises(Interrupted): Trainer(make_config(name="stopped", **STOPPING), tmp_path, hooks=alarm).fit(**how)
+        how = dict(resume=True)
+    Trainer(make_config(name="stopped", **STOPPING), tmp_path).fit(resume=True)
+    whole, stopped = (load_run(tmp_path / name) for name in ("whole", "stopped"))
+    assert whole.max_epoch == ended["whole"] + 12
+    pd.testing.assert_frame_equal(whole.history, stopped.history, check_exact=True)
 
 
 def contents(run: Path) -> dict:
@@ -191,7 +236,7 @@ def test_fit_leaves_the_process_as_it_found_it(tmp_path):
 
 
 def test_accuracy_is_exact(tmp_path):
-    from lal.core.trainer import evaluate
+    from lal.modular.experiment import evaluate
     logits = torch.eye(2)[torch.tensor([0] * 95 + [1] * 5)]
     assert float(evaluate(lambda x: x, logits, torch.zeros(100, dtype=torch.int64))[1]) == 0.95
 
@@ -220,7 +265,7 @@ def test_a_resumed_run_keeps_its_threads_and_device(tmp_path):
 @pytest.mark.parametrize("unit", ["epochs", "steps"])
 @pytest.mark.parametrize("when", ["in the last step", "in the last checkpoint"])
 def test_two_ctrl_c_at_the_very_end_leave_a_run_that_resumes(unit, when, tmp_path, monkeypatch):
-    from lal.core import trainer as module
+    from lal.core import recorder as module
     config = make_config(name="x", p=7, hidden_dim=16, batch_size=10, checkpoint_every=3, threads=1, device="cpu", **{unit: 12})
     save = module.save_checkpoint
 
