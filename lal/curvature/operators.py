@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
-from ..core.config import nearest
+from ..core.errors import nearest
 from .hvp import ALONE, STEPS, check_finite, check_point, gradient, hvp
 from .params import Params, check_alike, flatten, norm, unflatten
 

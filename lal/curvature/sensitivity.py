@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from ..core.config import nearest
+from ..core.errors import nearest
 from ..core.device import generator
 from ..modular.task import Task, encode, examples
 from .hvp import ALONE, check_finite, check_point, gradient, no_randomness

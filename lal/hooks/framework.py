@@ -5,28 +5,29 @@
 # %% auto #0
 __all__ = ['FOR_STEPS', 'FOR_EPOCHS', 'OF_THE_STEP', 'A_BATCH', 'MOST_PENDING', 'COLUMN', 'REGISTRY', 'Needs', 'Hook',
            'points_of', 'fires_at_steps', 'declared_options', 'Batch', 'as_batch', 'replaying', 'HookState',
-           'load_reference', 'marks', 'sums', 'generators_kept', 'HookError', 'plain', 'unplain', 'moved', 'size_of',
-           'Calendar', 'Kept', 'Rows', 'as_number', 'Hooks', 'fresh_copy', 'check_hooks', 'present', 'move',
-           'remembered', 'never_fires', 'fires_too_late', 'said_at', 'diverged', 'declaration', 'question',
-           'metrics_markdown', 'options_markdown', 'said_range', 'said_with', 'register']
+           'load_reference', 'marks', 'sums', 'generators_kept', 'plain', 'unplain', 'moved', 'size_of', 'Calendar',
+           'Kept', 'Rows', 'as_number', 'Hooks', 'fresh_copy', 'check_hooks', 'present', 'move', 'remembered',
+           'never_fires', 'fires_too_late', 'said_at', 'diverged', 'declaration', 'question', 'metrics_markdown',
+           'options_markdown', 'said_range', 'said_with', 'register']
 
 # %% ../../nbs/hooks/01_framework.ipynb #127dd27c
 import copy, inspect, json, math, random, re, time, warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import Field, dataclass
 from enum import Flag, auto
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple, get_type_hints
+from typing import Annotated, Any, Callable, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from ..core.config import Config, ConfigError, at_least, check_value, key, nearest
+from ..core.config import Config
 from ..core.device import generator, rng_states, set_rng_states
+from ..core.errors import ConfigError, HookError
 from ..core.experiment import Experiment, Metric
 from ..core.files import digest, load_checkpoint
+from ..core.keys import Count, Key, Natural, check_values, doc, keys_of
 from ..core.run import RunFolder, newest_checkpoint
 from lal.core.state import (
     POINTS,
@@ -65,18 +66,18 @@ class Hook:
     metrics: tuple[Metric, ...] = ()
     lead_in = 0  # epochs before each due one at which it fires too
 
-    every_n_steps: int = key(
-        1, "steps from one firing or burst to the next", at_least(1)
-    )
-    burst_length: int = key(1, "consecutive steps in a burst", at_least(1))
-    warmup_steps: int = key(
-        0, "no firing or burst begins before this step", at_least(0)
-    )
-    every_n_epochs: int | None = key(
-        None, "epochs from one firing to the next; null: the log points", at_least(1)
-    )
-    from_epoch: int = key(0, "first epoch in which it may fire", at_least(0))
-    to_epoch: int | None = key(None, "last epoch in which it may fire", at_least(0))
+    every_n_steps: Annotated[
+        Count, doc("steps from one firing or burst to the next")
+    ] = 1
+    burst_length: Annotated[Count, doc("consecutive steps in a burst")] = 1
+    warmup_steps: Annotated[
+        Natural, doc("no firing or burst begins before this step")
+    ] = 0
+    every_n_epochs: Annotated[
+        Count | None, doc("epochs from one firing to the next; null: the log points")
+    ] = None
+    from_epoch: Annotated[Natural, doc("first epoch in which it may fire")] = 0
+    to_epoch: Annotated[Natural | None, doc("last epoch in which it may fire")] = None
 
     def __init_subclass__(cls, **more):
         super().__init_subclass__(**more)
@@ -84,20 +85,15 @@ class Hook:
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
     def __init__(self, **options):
-        known, kinds = declared_options(type(self)), get_type_hints(type(self))
-        for name in options:
-            if name not in known:
-                reason = f"unknown option{nearest(name, known) or ';'} {self.name} has {', '.join(known)}"
-                raise ConfigError(reason, f"{self.name}.{name}", options[name])
-        for name, (default, declared) in known.items():
-            value = options.get(name, default)
-            try:
-                value = check_value(value, kinds[name], declared)
-            except (TypeError, ValueError) as error:
-                raise ConfigError(str(error), f"{self.name}.{name}", value) from None
+        known = declared_options(type(self))
+        values = {name: key.default for name, key in known.items()} | options
+        unknown = f"unknown option{{near}} ({self.name} has {', '.join(known)})"
+        prefix = f"hooks.{self.name}."
+        for name, value in check_values(known, values, None, prefix, unknown).items():
             setattr(self, name, value)
         for name in dir(type(self)):  # a list in the class body is each hook's own
-            if type(value := getattr(self, name)) in (list, dict, set):
+            value = None if name.startswith("__") else getattr(self, name)
+            if type(value) in (list, dict, set):
                 setattr(self, name, copy.deepcopy(value))
 
     def due_step(self, step: int, epoch: int, log_point: Callable) -> bool:
@@ -130,21 +126,14 @@ def fires_at_steps(hook) -> bool:
     return hasattr(hook, PRE_STEP) or hasattr(hook, POST_STEP)
 
 # %% ../../nbs/hooks/01_framework.ipynb #4c6ad177
-def declared_options(cls: type) -> dict[str, tuple]:
-    "`{name: (default, declaration)}` of a class of hooks, its own options first."
-    points = points_of(cls)
-    unused = () if {PRE_STEP, POST_STEP} & {*points} else FOR_STEPS
-    unused += () if {PRE_EPOCH, POST_EPOCH} & {*points} else FOR_EPOCHS
-    found = {}
-    for c in cls.__mro__:
-        for name, value in vars(c).items():
-            if isinstance(value, Field) and name not in found and name not in unused:
-                found[name] = value
-    now = {name: getattr(cls, name) for name in found}
-    return {
-        name: (f.default if isinstance(now[name], Field) else now[name], f)
-        for name, f in found.items()
-    }
+def declared_options(cls: type) -> dict[str, Key]:
+    "The options of a class of hooks by name, its own first."
+    points = {*points_of(cls)}
+    unused = () if {PRE_STEP, POST_STEP} & points else FOR_STEPS
+    unused += () if {PRE_EPOCH, POST_EPOCH} & points else FOR_EPOCHS
+    own = [name for c in cls.__mro__ for name in vars(c).get("__annotations__", ())]
+    keys = keys_of(cls)
+    return {n: keys[n] for n in own if n in keys and n not in unused}
 
 # %% ../../nbs/hooks/01_framework.ipynb #158286f8
 class Batch(NamedTuple):
@@ -360,10 +349,6 @@ def generators_kept(device: torch.device, whole: bool = True):
         if whole:
             random.setstate(others[0])
             np.random.set_state(others[1])
-
-# %% ../../nbs/hooks/01_framework.ipynb #98453e62
-class HookError(RuntimeError):
-    "A hook raised, or changed training; the message names hook, point and step."
 
 # %% ../../nbs/hooks/01_framework.ipynb #d25d4111
 A_BATCH = "(a batch)"  # the key that stands for the type
@@ -990,8 +975,8 @@ def metrics_markdown(cls: type) -> str:
 def options_markdown(cls: type) -> str:
     "The options of a class of hooks as a Markdown list."
     return "\n".join(
-        f"- **`{name}`** = {json.dumps(default)}: {declared.metadata['meaning']}"
-        for name, (default, declared) in declared_options(cls).items()
+        f"- **`{key.name}`** = {json.dumps(key.default)}: {key.meaning}"
+        for key in declared_options(cls).values()
     )
 
 # %% ../../nbs/hooks/01_framework.ipynb #fb6fa412
