@@ -1257,6 +1257,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lal.scale.plan.continued': ('scale/plan.html#continued', 'lal/scale/plan.py'),
                                 'lal.scale.plan.finished': ('scale/plan.html#finished', 'lal/scale/plan.py'),
                                 'lal.scale.plan.go_on': ('scale/plan.html#go_on', 'lal/scale/plan.py'),
-                                'lal.scale.plan.hook_options': ('scale/plan.html#hook_options', 'lal/scale/plan.py'),
+                                'lal.scale.plan.hook_values': ('scale/plan.html#hook_values', 'lal/scale/plan.py'),
                                 'lal.scale.plan.newest_saved': ('scale/plan.html#newest_saved', 'lal/scale/plan.py'),
                                 'lal.scale.plan.plan': ('scale/plan.html#plan', 'lal/scale/plan.py')}}}
