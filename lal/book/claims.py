@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -62,7 +63,8 @@ def in_force(variation: str) -> dict[str, str]:
     )
     lines = [line.split(" ", 1) for line in done.stdout.splitlines() if " " in line]
     found = {key: text for key, text in reversed(lines)}
-    mkl = found.get("MKL_VERBOSE", "no MKL").partition("architecture ")[2]
+    mkl = found.get("MKL_VERBOSE", "").partition("architecture ")[2]
+    mkl = re.split(r" with | enabled|, Lnx", mkl)[0] or "no MKL"
     return {"capability": found["CPU"], "threads": found["THREADS"], "mkl": mkl}
 
 # %% ../../nbs/book/11_claims.ipynb #d1d4ffb7
@@ -180,7 +182,7 @@ def usable(names: list[str]) -> list[str]:
     for name in names:
         here = native if name == "native" else in_force(name)
         reason = why_not(name, here, native)
-        force = f"{here['capability']}, {here['threads']} thread(s), {here['mkl']}"
+        force = f"{here['capability']}, threads: {here['threads']}, MKL: {here['mkl']}"
         print(f"{name}: {'left out, ' + reason if reason else force}", flush=True)
         found += [] if reason else [name]
     return found
