@@ -157,6 +157,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lal.book.claims.check_page': ('book/claims.html#check_page', 'lal/book/claims.py'),
                                  'lal.book.claims.first_line': ('book/claims.html#first_line', 'lal/book/claims.py'),
                                  'lal.book.claims.in_force': ('book/claims.html#in_force', 'lal/book/claims.py'),
+                                 'lal.book.claims.is_training': ('book/claims.html#is_training', 'lal/book/claims.py'),
                                  'lal.book.claims.main': ('book/claims.html#main', 'lal/book/claims.py'),
                                  'lal.book.claims.pages_that': ('book/claims.html#pages_that', 'lal/book/claims.py'),
                                  'lal.book.claims.settings': ('book/claims.html#settings', 'lal/book/claims.py'),
