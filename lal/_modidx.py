@@ -354,7 +354,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lal.core.keys._Portable': ('core/keys.html#_portable', 'lal/core/keys.py'),
                                'lal.core.keys._Portable.represent_float': ('core/keys.html#_portable.represent_float', 'lal/core/keys.py'),
                                'lal.core.keys._Portable.represent_str': ('core/keys.html#_portable.represent_str', 'lal/core/keys.py'),
-                               'lal.core.keys._default': ('core/keys.html#_default', 'lal/core/keys.py'),
+                               'lal.core.keys._defaults': ('core/keys.html#_defaults', 'lal/core/keys.py'),
                                'lal.core.keys._holds': ('core/keys.html#_holds', 'lal/core/keys.py'),
                                'lal.core.keys.a_mapping': ('core/keys.html#a_mapping', 'lal/core/keys.py'),
                                'lal.core.keys.as_declared': ('core/keys.html#as_declared', 'lal/core/keys.py'),
