@@ -67,10 +67,10 @@ class Modular(Experiment):
 
     name, keys, headline, higher = "modular", ModularKeys, "test_acc", True
     columns = (
-        Metric("train_loss", r"L(\theta; \text{train})", (0, None), "mean cross-entropy over all training pairs, in nats"),
-        Metric("test_loss", r"L(\theta; \text{test})", (0, None), "mean cross-entropy over all test pairs, in nats"),
-        Metric("train_acc", r"a(\theta; \text{train})", (0, 1), "fraction of the training pairs answered right"),
-        Metric("test_acc", r"a(\theta; \text{test})", (0, 1), "fraction of the test pairs answered right"),
+        Metric("train_loss", r"L(\theta; \text{train})", (0, None), "loss (nats): mean cross-entropy over all training pairs"),
+        Metric("test_loss", r"L(\theta; \text{test})", (0, None), "loss (nats): mean cross-entropy over all test pairs"),
+        Metric("train_acc", r"a(\theta; \text{train})", (0, 1), "accuracy: fraction of the training pairs answered right"),
+        Metric("test_acc", r"a(\theta; \text{test})", (0, 1), "accuracy: fraction of the test pairs answered right"),
     )  # fmt: skip
     milestones = (
         Milestone("memorised", "train_acc", 0.99),
