@@ -11,13 +11,14 @@ watched by one set each, with the options that the hooks have by default; log po
 
 import argparse, statistics, tempfile, time
 import torch
-import torch.nn.functional as F
 from loop import CASES, bare  # the script beside this one
 from lal.core.config import make_config, with_values
 from lal.core.device import device_name, resolve_device
+from lal.core.experiment import find_experiment
+from lal.core.recorder import Recorder
 from lal.core.run import create_run
-from lal.core.state import POST_EPOCH, POST_STEP, PRE_EPOCH, TrainState, train_step
-from lal.core.trainer import Recorder, Reporter, epoch_loop
+from lal.core.state import POST_EPOCH, POST_STEP, PRE_EPOCH, take_rows, train_step
+from lal.core.trainer import epoch_loop
 from lal.hooks.framework import Hooks, Needs, marks, points_of
 from lal.hooks.registry import REGISTRY, SETS, create_hooks
 
@@ -34,14 +35,14 @@ def timed(work, wait) -> float:
 
 def firings(config, device, rounds, wait) -> None:
     "Milliseconds and gradients for one firing of each hook."
-    state = TrainState.create(config, device)
+    state = find_experiment(config.experiment).build(config, device)
     for _ in range(50): train_step(state, state.batches.of_epoch(), config.grad_clip)
     while not state.batches.at_start: train_step(state, state.batches.of_epoch(), config.grad_clip)
-    batch = state.train[0][: config.batch_size], state.train[1][: config.batch_size]
+    batch = take_rows(state.batches.data, torch.arange(config.batch_size or state.batches.n, device=device))
 
     def one_gradient():
         state.model.zero_grad()
-        F.cross_entropy(state.model(batch[0]), batch[1]).backward()
+        state.loss_fn(state.model, batch).backward()
 
     works = {}
     for name, cls in REGISTRY.items():
@@ -98,13 +99,12 @@ class Silent(Recorder):
 
 def loop(config, device, hooks):
     "A block of the package's loop, watched."
-    state = TrainState.create(config, device)
+    state = find_experiment(config.experiment).build(config, device)
     folder = create_run(tempfile.mkdtemp(), config, {})
     if hooks is not None:
         hooks.check(config, state)
         hooks.open(folder)
     recorder = Silent(config, state, folder, hooks)
-    recorder.reporter = Reporter(config, show=False)
 
     def block():
         recorder.config = with_values(config, epochs=recorder.now + BLOCK // 4)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from lal.core.config import make_config, with_values
 from lal.core.device import device_name, resolve_device
+from lal.core.experiment import find_experiment
+from lal.core.recorder import Recorder
 from lal.core.run import RunFolder
-from lal.core.state import TrainState
-from lal.core.trainer import Recorder, Reporter, epoch_loop, step_loop
+from lal.core.trainer import epoch_loop, step_loop
 
 BLOCK = 100  # steps in a turn
 CASES = {
@@ -24,7 +25,7 @@ CASES = {
 
 def bare(config, device, steps=BLOCK):
     "The loop everyone would write, on the state's model, optimizer and batches."
-    s = TrainState.create(config, device)
+    s = find_experiment(config.experiment).build(config, device)
 
     def block():
         for _ in range(steps):
@@ -47,10 +48,9 @@ class Silent(Recorder):
 
 def ours(loop, unit, config, device):
     "A block of the package's loop, however many epochs or steps it has made before."
-    s = TrainState.create(config, device)
+    s = find_experiment(config.experiment).build(config, device)
     recorder = Silent(config, s, RunFolder(tempfile.mkdtemp()))
-    recorder.reporter = Reporter(config, show=False)
-    passes = -(-len(s.batches.y) // config.batch_size)
+    passes = -(-s.batches.n // config.batch_size)
     per_block = BLOCK // passes if unit == "epochs" else BLOCK
     if unit == "epochs": assert BLOCK % passes == 0, "a block is whole epochs"
 

@@ -14,6 +14,7 @@ import numpy as np
 from lal.analysis.store import RunStore
 from lal.core.config import make_config
 from lal.core.device import environment
+from lal.core.experiment import declaration, find_experiment
 from lal.core.run import create_run, summarize
 
 RUNS, ROWS, METRICS = 1000, 1000, {"hessian": 12, "norms": 14, "consecutive": 2, "fourier": 12, "training_metrics": 3}
@@ -30,7 +31,9 @@ QUERIES = {
 def make_runs(root: Path) -> None:
     "One run, written as a trainer writes it, and copies of it."
     rng = np.random.default_rng(0)
-    folder = create_run(root, make_config(name="run0", p=23), environment())
+    config, modular = make_config(name="run0", p=23), find_experiment("modular")
+    folder = create_run(root, config, environment())
+    folder.table("history", {"lal.experiment": json.dumps(declaration(modular, config))})
     for epoch in range(ROWS):
         folder.log({"epoch": epoch, "step": epoch, "train_acc": float(epoch > 50), "test_acc": float(epoch > 300),
                     **{name: rng.random() for name in ("train_loss", "test_loss", "lr", "total_weight_norm")}})
@@ -39,7 +42,7 @@ def make_runs(root: Path) -> None:
         table = folder.table(f"hooks/{hook}", {"lal.hook": json.dumps({"name": hook, "metrics": metrics})})
         for epoch in range(ROWS): table.append({"epoch": epoch, "step": epoch, **{f"m{k}": rng.random() for k in range(n)}})
     folder.merge()
-    folder.write_summary(summarize(folder.history, "finished"))
+    folder.write_summary(summarize(folder.history, modular, "finished"))
     for k in range(1, RUNS): shutil.copytree(folder.path, root / f"run{k}")
 
 

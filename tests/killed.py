@@ -13,11 +13,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
-import lal.core.files, lal.core.run, lal.core.state, lal.core.tables
+import lal.core.files, lal.core.run, lal.core.tables, lal.modular.models
 from lal.core.config import make_config
+from lal.core.errors import Interrupted
 from lal.core.files import digest, load_checkpoint
 from lal.core.run import RunFolder, checkpoints
-from lal.core.trainer import Interrupted, Trainer
+from lal.core.trainer import Trainer
 from lal.hooks.registry import create_hooks
 
 KINDS = ("at a random instant by SIGKILL", "at a random instant by SIGTERM", "at a change of the disk", "in the middle of writing rows", "in the middle of writing a checkpoint")
@@ -81,7 +82,7 @@ def random_hooks(rng: random.Random) -> dict:
     if rng.random() < 0.5: return {}
     every = rng.randint(2, 9)
     hessian = {"every_n_steps": every, "burst_length": rng.randint(2, every), "scheme": rng.choice(["forward", "central", "exact"]), "check_every": rng.choice([None, 3]), "displacement": rng.random() < 0.5}
-    return dict(hooks="full", hook_options={"hessian": hessian}, sinks=["jsonl", "csv"], offload_hooks=rng.random() < 0.5)
+    return dict(hooks={"full": {}, "hessian": hessian}, sinks=["jsonl", "csv"], offload_hooks=rng.random() < 0.5)
 
 
 def random_config(rng: random.Random):
@@ -158,16 +159,16 @@ def wait(child: int) -> int:
 
 def train(config, root: Path, dropout: bool) -> None:
     lal.core.run.FLUSH_SECONDS = 0.01
-    make = lal.core.state.create_model
+    make = lal.modular.models.create_model
 
     def with_dropout(c):
         model = make(c)
         if dropout and c.model_type == "baseline": model.hidden.append(nn.Dropout(0.2))
         return model
 
-    lal.core.state.create_model = with_dropout
+    lal.modular.models.create_model = with_dropout
     run = root / config.name
-    hooks = Probe() if config.hooks == "none" else Both(config)
+    hooks = Both(config) if config.hooks else Probe()
     Trainer(config, root, hooks=hooks).fit(resume=RunFolder(run).is_run)
 
 

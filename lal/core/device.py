@@ -187,7 +187,8 @@ def package_version(name: str) -> str | None:
 def environment(device: str | torch.device = "cpu") -> dict:
     "What this process runs on, as plain values for JSON."
     names = ("lal", "torch", "numpy", "pandas", "pyarrow")
-    return {
+    shift = os.environ.get("LAL_SEED_SHIFT")
+    found = {
         "versions": {
             "python": platform.python_version(),
             **{n: package_version(n) for n in names},
@@ -200,6 +201,7 @@ def environment(device: str | torch.device = "cpu") -> dict:
         "git": git_revision(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+    return found | ({} if shift is None else {"LAL_SEED_SHIFT": int(shift)})
 
 # %% ../../nbs/core/02_device.ipynb #cc6cae44
 def ran_on(

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Params', 'check_alike', 'dot', 'norm', 'cosine', 'axpy', 'scale', 'flatten', 'unflatten', 'params_of',
-           'loss_function']
+           'loss_function', 'LossModule', 'batch_loss']
 
 # %% ../../nbs/curvature/01_params.ipynb #f3bf7920
-from typing import Callable
+from typing import Any, Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 # %% ../../nbs/curvature/01_params.ipynb #d126cc8a
 Params = dict[str, Tensor]
@@ -131,4 +132,35 @@ def loss_function(
 # %% ../../nbs/curvature/01_params.ipynb #3fe2d9d2
 def _follow(t: Tensor, dtype: torch.dtype) -> Tensor:
     "Floating tensors in the wanted dtype; indices and masks as they are."
-    return t.to(dtype) if t.is_floating_point() else t
+    floating = isinstance(t, Tensor) and t.is_floating_point()
+    return t.to(dtype) if floating else t
+
+# %% ../../nbs/curvature/01_params.ipynb #e33af5ed
+class LossModule(nn.Module):
+    "A model and its loss as one module: batch in, scalar out."
+
+    def __init__(self, model: nn.Module, loss_fn: Callable):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, batch) -> Tensor:
+        return self.loss_fn(self.model, batch)
+
+# %% ../../nbs/curvature/01_params.ipynb #4539c7d2
+def batch_loss(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Any], Tensor],  # of model and batch, to a scalar
+    batch: Any,  # a nest of tensors
+) -> Callable[[Params], Tensor]:  # raises `ValueError` on other names or shapes
+    "θ ↦ loss_fn(model, batch) of the model with parameters θ; the model itself is never changed."
+    whole = LossModule(model, loss_fn)
+
+    def loss(params: Params) -> Tensor:
+        check_alike(dict(model.named_parameters()), params, ("the model", "params"))
+        dtype = next(iter(params.values())).dtype
+        buffers = {n: _follow(b, dtype).clone() for n, b in model.named_buffers()}
+        lent = {f"model.{n}": t for n, t in {**buffers, **params}.items()}
+        inputs = tree_map(lambda t: _follow(t, dtype), batch)
+        return functional_call(whole, lent, (inputs,))
+
+    return loss

@@ -6,10 +6,10 @@
 __all__ = ['METRICS', 'stability_limit', 'is_plain_sgd', 'Hessian', 'gram', 'minus']
 
 # %% ../../nbs/hooks/06_hessian.ipynb #10bfb6e5
-from typing import Callable
+from typing import Annotated, Callable, Literal
 import torch
 from torch import Tensor
-from ..core.config import above, at_least, key, one_of
+from ..core.keys import Count, Positive, doc
 from ..curvature.hvp import SCHEMES, gradient, hvp
 from ..curvature.params import Params, axpy, flatten
 from .framework import Hook, HookState, Metric, Needs
@@ -44,7 +44,7 @@ METRICS = (
     Metric("relative_change", r"\|\text{obs} - g_B\| / \|g_B\|", (0, None), "by how much of its length the step that was really made changed B's gradient (before clipping), for every optimizer"),
     Metric("content_kept", r"\langle \text{obs}, g_B \rangle / \|g_B\|^2", (None, None), "what is left of B's own gradient after that step. 1: all of it. 0: none. Negative: it points back"),
     Metric("change_cossim", r"\cos(\text{obs} - g_B,\; -H_B g_A)", (-1, 1), "1: the real change is along the entanglement, as plain SGD has it"),
-    Metric("batch_cossim", r"\cos(g_A,\; g_B)", (-1, 1), "do the two batches ask for the same?"),
+    Metric("batch_cossim", r"\cos(g_A,\; g_B)", (-1, 1), "do the two batches' gradients agree?"),
     Metric("entanglement_content_cossim", r"\cos(H_B g_A,\; g_B)", (-1, 1), "positive: a small step along −g_A shrinks B's gradient. Negative: it makes it longer"),
     Metric("rayleigh_quotient", r"g_A^\top H_B\, g_A / \|g_A\|^2", (None, None), "curvature of B's loss along A's gradient. Negative: the loss bends downwards there"),
     Metric("amplification_ratio", r"\|H_B g_A\| / \|g_A\|", (0, None), "how much longer the product is than the vector; at most the largest |λ| of H_B"),
@@ -70,17 +70,19 @@ class Hessian(Hook):
     metrics = METRICS
     every_n_steps = 1000
     burst_length = 11
-    scheme: str = key("forward", "how the product is made", one_of(*SCHEMES))
-    epsilon: float | None = key(
-        1e-4,
-        "finite-difference step along the unit vector; null: chosen, in float64",
-        above(0),
-    )
-    check_every: int | None = key(
-        7, "rows from one check against the exact product to the next", at_least(1)
-    )
-    displacement: bool = key(False, "measure displacement_residual, one product more")
-    per_parameter: bool = key(False, "norms and cosines of each tensor too")
+    scheme: Annotated[Literal[*SCHEMES], doc("how the product is made")] = "forward"
+    epsilon: Annotated[
+        Positive | None,
+        doc("finite-difference step along the unit vector; null: chosen, in float64"),
+    ] = 1e-4
+    check_every: Annotated[
+        Count | None,
+        doc("rows from one check against the exact product to the next"),
+    ] = 7
+    displacement: Annotated[
+        bool, doc("measure displacement_residual, one product more")
+    ] = False
+    per_parameter: Annotated[bool, doc("norms and cosines of each tensor too")] = False
 
     before: Params | None = None  # weights before the last step
     here: Params | None = None  # weights before this step

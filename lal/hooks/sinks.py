@@ -9,7 +9,7 @@ __all__ = ['SHOWN', 'SINKS', 'Lines', 'JsonLines', 'Csv', 'Terminal', 'create_si
 import csv, io, json
 from pathlib import Path
 from rich.console import Console
-from ..core.config import ConfigError, nearest
+from ..core.errors import ConfigError, nearest
 from ..core.files import make_folder, write_whole, writing
 from ..core.run import RunFolder
 from ..core.tables import read_table

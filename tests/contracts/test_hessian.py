@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from lal.core.config import make_config
 from lal.core.device import generator
+from lal.core.experiment import find_experiment
 from lal.core.state import POST_STEP, Batches, TrainState, train_step
 from lal.curvature.params import flatten
 from lal.hooks.framework import Hooks
@@ -65,8 +66,8 @@ def observed(hook, cubic, optimizer="sgd", clip=None, reference=None, steps=STEP
     model = Polynomial()
     optimizer = OPTIMIZERS[optimizer](model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: DECAY**t)
-    data = Batches(torch.zeros(1), torch.zeros(1), None, None, generator(0, "order"))
-    state = TrainState(model, optimizer, schedule, data, None, criterion=lambda out, y: out.mean())
+    data = Batches(torch.zeros(1), None, None, generator(0, "order"))
+    state = TrainState(model, optimizer, schedule, data, lambda model, batch: model(batch[0]).mean())
     hooks, before = Hooks([hook], reference=reference, **options), {}
     for step in range(1, steps + 1):
         before[step] = flatten(dict(model.named_parameters())).detach().clone()
@@ -279,8 +280,8 @@ def test_a_positive_cosine_means_that_the_entanglement_shrinks_the_gradient(lr, 
     "Equal batches with H = I: the step makes the next gradient shorter by the factor 1 − η, and beyond η = 1 turns it round."
     model = Polynomial()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    data = Batches(torch.zeros(1), torch.zeros(1), None, None, generator(0, "order"))
-    state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0), data, None, criterion=lambda out, y: out.mean())
+    data = Batches(torch.zeros(1), None, None, generator(0, "order"))
+    state = TrainState.of(model, optimizer, data, lambda model, batch: model(batch[0]).mean())
     x = torch.cat([torch.eye(N, dtype=F64), torch.zeros(N, N + 1, dtype=F64)], 1)
     hooks = Hooks([Hessian(**EACH)])
     for _ in range(3):
@@ -303,9 +304,10 @@ def real(optimizer, lr, steps=6, **options):
     "Rows of `hessian` on a small network, from weights that do not depend on lr."
     more = {"sgd": dict(optimizer="sgd", weight_decay=0.0), "momentum": dict(optimizer="sgd", momentum=0.9), "adamw": dict(optimizer="adamw", beta2=0.98)}[optimizer]
     config = make_config(p=7, hidden_dim=12, n_layers=1, batch_size=10, train_frac=0.7, device="cpu", seed=3, lr=float(lr), **more)
-    state = TrainState.create(config, torch.device("cpu"))
+    state = find_experiment("modular").build(config, torch.device("cpu"))
     state.model.double()
-    state.batches.x = state.batches.x.double()
+    x, y = state.batches.data
+    state.batches.data = x.double(), y
     hooks = Hooks([Hessian(**EACH, scheme="exact", **options)])
     for _ in range(steps):
         train_step(state, state.batches.of_epoch(), None, hooks.fire)

@@ -6,24 +6,27 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
-import lal.core.run, lal.core.state
-from lal.core.config import ConfigError, make_config, one_per_seed, with_values
+import lal.core.run, lal.modular.models
+from lal.core.config import make_config, one_per_seed, with_values
+from lal.core.errors import ConfigError, HookError, Interrupted, NonFiniteLoss
+from lal.core.experiment import Metric, find_experiment
 from lal.core.files import digest, load_checkpoint
+from lal.core.recorder import measure
 from lal.core.run import RunFolder, checkpoints
-from lal.core.state import POINTS, POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, SNAPSHOT, TrainState, train_step
-from lal.core.trainer import Interrupted, Trainer
+from lal.core.state import POINTS, POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, SNAPSHOT, train_step
+from lal.core.trainer import Trainer
 from lal.curvature.params import axpy, norm
 from lal.hooks.consecutive import Consecutive
-from lal.hooks.framework import Batch, Hook, HookError, Hooks, HookState, Kept, Metric, Needs, Rows
+from lal.hooks.framework import Batch, Hook, Hooks, HookState, Kept, Needs, Rows, declared_options, points_of
 from lal.hooks.hessian import Hessian
 from lal.hooks.norms import Norms
-from lal.hooks.registry import create_hooks
+from lal.hooks.registry import REGISTRY as HOOKS, create_hooks
 from lal.hooks.training_metrics import TrainingMetrics
 
 UNITS = {"epoch": dict(epochs=15), "step": dict(steps=60)}  # four batches an epoch, the last one short
 BASE = dict(p=7, hidden_dim=8, n_layers=1, train_frac=0.7, batch_size=10, device="cpu", threads=1, seed=3, lr=3e-3, checkpoint_every=1000)
 BURSTS = {"hessian": {"every_n_steps": 20, "burst_length": 11, "check_every": 3, "displacement": True}}
-ALL = dict(hooks="full", hook_options=BURSTS, sinks=["jsonl", "csv"], log_every=5)
+ALL = dict(hooks={"full": {}, **BURSTS}, sinks=["jsonl", "csv"], log_every=5)
 each_unit = pytest.mark.parametrize("unit", UNITS)
 
 
@@ -83,14 +86,14 @@ def equal_checkpoints(one, two, keys=("epoch", "step", "model", "optimizer", "sc
 
 @pytest.fixture
 def dropout(monkeypatch):
-    make = lal.core.state.create_model
+    make = lal.modular.models.create_model
 
     def with_dropout(config):
         model = make(config)
         model.hidden.append(nn.Dropout(0.5))
         return model
 
-    monkeypatch.setattr(lal.core.state, "create_model", with_dropout)
+    monkeypatch.setattr(lal.modular.models, "create_model", with_dropout)
 
 
 @pytest.fixture
@@ -117,7 +120,7 @@ def test_a_burst_of_eleven_gives_ten_rows_across_the_ends_of_epochs(unit, straig
     assert rows.epoch.tolist() == [-(-s // 4) if unit == "epoch" else (10 * s) // 34 for s in rows.step]
     metrics = RunFolder(straight[unit]).table("hooks/training_metrics").read()
     assert metrics.step.tolist() == [*range(1, 61)]
-    at_log = metrics[metrics.val_acc.notna()].step.tolist()
+    at_log = metrics[metrics.test_acc.notna()].step.tolist()
     assert at_log == ([20, 40, 60] if unit == "epoch" else [*range(5, 61, 5)])
 
 
@@ -166,7 +169,7 @@ def test_a_hook_that_would_begin_after_the_end_is_named_in_one_warning_and_has_n
 
 @each_unit
 def test_without_a_gap_between_bursts_every_row_follows_the_one_before(unit, tmp_path, always_flush):
-    config = configure(unit, name="through", hooks="hessian", hook_options={"hessian": {"every_n_steps": 5, "burst_length": 11}})
+    config = configure(unit, name="through", hooks={"hessian": {"every_n_steps": 5, "burst_length": 11}})
     rows = fit(config, tmp_path).folder.table("hooks/hessian").read()
     assert rows.step.tolist() == [*range(6, 61)]
     assert rows.entanglement_coherence.notna().tolist() == [False] + [True] * 54
@@ -267,11 +270,64 @@ def test_three_hundred_steps_are_bit_for_bit_those_that_nobody_watched(length, k
     assert seen == unseen
 
 
+NOISY = {  # what draws masks or keeps running statistics in training mode
+    "dropout": lambda: [nn.Dropout(0.5)],
+    "batch norm": lambda: [nn.BatchNorm1d(8)],
+    "both, and a frozen part in evaluation mode": lambda: [nn.BatchNorm1d(8), nn.Dropout(0.3), nn.BatchNorm1d(8).eval().requires_grad_(False)],
+}
+OF_TRAINING = ("epoch", "step", "model", "optimizer", "scheduler", "batches", "generators")
+
+
+@pytest.fixture(params=NOISY)
+def noisy(request, monkeypatch):
+    patched(monkeypatch, lambda model: model.hidden.extend(NOISY[request.param]()))
+
+
+def statistics(model):
+    return {name: t.clone() for name, t in model.named_buffers() if "running" in name}
+
+
+@each_unit
+def test_how_often_a_run_measures_changes_no_bit_of_it(unit, noisy, tmp_path):
+    often, seldom = (fit(configure(unit, name=f"{n}", log_every=n), tmp_path, None) for n in (1, 4))
+    equal_checkpoints(tmp_path / "1", tmp_path / "4", OF_TRAINING)
+    rows = often.folder.history[often.folder.history[unit] % 4 == 0].reset_index(drop=True)
+    ours = seldom.folder.history[seldom.folder.history[unit] % 4 == 0].reset_index(drop=True)
+    pd.testing.assert_frame_equal(rows, ours, check_exact=True)
+
+
+@each_unit
+def test_measuring_is_done_in_evaluation_mode_and_moves_no_statistics(unit, noisy, tmp_path):
+    state = find_experiment("modular").build(configure(unit), torch.device("cpu"))
+    for _ in range(3): train_step(state, state.batches.of_epoch())
+    flags, before, drawn = [m.training for m in state.model.modules()], statistics(state.model), torch.get_rng_state()
+    rows = [measure(state) for _ in range(2)]
+    assert rows[0] == rows[1] and torch.equal(torch.get_rng_state(), drawn)
+    assert flags == [m.training for m in state.model.modules()]
+    assert all(torch.equal(t, before[name]) for name, t in statistics(state.model).items())
+    state.model.eval()
+    assert measure(state) == rows[0]  # the numbers are those of the network as it is used
+
+
+@pytest.mark.parametrize("name", HOOKS)
+@each_unit
+def test_every_hook_leaves_masks_and_running_statistics_as_they_were(name, unit, noisy, tmp_path):
+    cls = HOOKS[name]
+    if unit == "step" and not {PRE_STEP, POST_STEP} & {*points_of(cls)}: return  # it never fires there
+    every = {key: 1 for key in ("every_n_steps", "burst_length", "every_n_epochs") if key in declared_options(cls)}
+    alone = fit(configure(unit, name="alone", snapshot_every=2), tmp_path, None)
+    seen = fit(configure(unit, name="seen", snapshot_every=2, log_every=1, hooks={name: every}), tmp_path)
+    assert len(seen.folder.table(f"hooks/{name}").read()) > 10
+    equal_checkpoints(tmp_path / "alone", tmp_path / "seen", OF_TRAINING)
+    flags = [[m.training for m in trainer.state.model.modules()] for trainer in (alone, seen)]
+    assert flags[0] == flags[1]
+
+
 # 3. One mask.
 
 
 def small_state(**keys):
-    return TrainState.create(configure(**keys), torch.device("cpu"))
+    return find_experiment("modular").build(configure(**keys), torch.device("cpu"))
 
 
 def far(a, b):
@@ -331,7 +387,7 @@ def test_a_batch_without_a_saved_state_is_refused_and_nothing_is_drawn(dropout):
     class Watcher(Hook):  # an observer: no state is lent to it
         def post_step(self, state):
             before = torch.get_rng_state()
-            for batch in (state.batch, (state.batch.x, state.batch.y), Batch(*state.train)):
+            for batch in (state.batch, state.batch.data, Batch(state.batches.data)):
                 with pytest.raises(ValueError) as error: state.grad_at(state.weights(), batch)
                 seen.append(str(error.value))
             assert torch.equal(before, torch.get_rng_state())
@@ -400,25 +456,23 @@ WRONG = [  # keys of the configuration, and words the error must say
     (dict(hooks="hesian"), "no hook or set is called 'hesian'; did you mean 'hessian'?"),
     (dict(hooks=["norms", "what"]), "no hook or set is called 'what'"),
     (dict(hooks="none,norms"), "'none' stands alone"),
-    (dict(hooks="hessian", hook_options={"hessian": {"epsilom": 1}}), "hessian.epsilom = 1: unknown option; did you mean 'epsilon'?"),
-    (dict(hooks="hessian", hook_options={"hessian": {"epsilon": "small"}}), "hessian.epsilon = small: must be a number or null"),
-    (dict(hooks="hessian", hook_options={"hessian": {"epsilon": -1}}), "hessian.epsilon = -1"),
-    (dict(hooks="hessian", hook_options={"hessian": {"scheme": "backward"}}), "must be one of forward, central, exact"),
-    (dict(hooks="hessian", hook_options={"hessian": {"every_n_steps": 0}}), "hessian.every_n_steps = 0"),
-    (dict(hooks="hessian", hook_options={"hessian": {"every_n_steps": 2.5}}), "must be a whole number"),
-    (dict(hooks="hessian", hook_options={"hessian": {"burst_length": 0}}), "hessian.burst_length = 0"),
-    (dict(hooks="hessian", hook_options={"hessian": {"every_n_epochs": 5}}), "unknown option"),
-    (dict(hooks="norms", hook_options={"norms": {"every_n_steps": 5}}), "unknown option"),
-    (dict(hooks="norms", hook_options={"hessian": {"epsilom": 1}}), "hessian.epsilom = 1: unknown option; did you mean 'epsilon'?"),  # off, and checked all the same
-    (dict(hooks="none", hook_options={"hessian": {"epsilon": -1}}), "hessian.epsilon = -1"),
-    (dict(hooks="minimal", steps=50, hook_options={"norms": {"every_n_steps": 5}}), "unknown option"),
-    (dict(hooks="norms", hook_options={"hessian": 3}), "needs a mapping"),
-    (dict(hooks="norms", hook_options={"norm": {}}), "no hook is called 'norm'; did you mean 'norms'?"),
-    (dict(hooks="norms", hook_options={"norms": 3}), "needs a mapping"),
+    (dict(hooks={"hessian": {"epsilom": 1}}), "hooks.hessian.epsilom = 1: unknown option; did you mean 'epsilon'?"),
+    (dict(hooks={"hessian": {"epsilon": "small"}}), "hooks.hessian.epsilon = small: must be a number or null"),
+    (dict(hooks={"hessian": {"epsilon": -1}}), "hooks.hessian.epsilon = -1"),
+    (dict(hooks={"hessian": {"scheme": "backward"}}), "must be one of forward, central, exact"),
+    (dict(hooks={"hessian": {"every_n_steps": 0}}), "hooks.hessian.every_n_steps = 0"),
+    (dict(hooks={"hessian": {"every_n_steps": 2.5}}), "must be a whole number"),
+    (dict(hooks={"hessian": {"burst_length": 0}}), "hooks.hessian.burst_length = 0"),
+    (dict(hooks={"hessian": {"every_n_epochs": 5}}), "unknown option"),
+    (dict(hooks={"norms": {"every_n_steps": 5}}), "unknown option"),
+    (dict(hooks={"minimal": {}, "norms": {"every_n_steps": 5}}, steps=50), "unknown option"),
+    (dict(hooks={"hessian": 3}), "hooks.hessian = 3: must be a mapping from options to values"),
+    (dict(hooks={"norm": {}}), "no hook or set is called 'norm'; did you mean 'norms'?"),
+    (dict(hooks={"norms": [3]}), "hooks.norms = [3]: must be a mapping"),
     (dict(hooks="norms", sinks=["json"]), "no sink is called 'json'; did you mean 'jsonl'?"),
     (dict(hooks="none", sinks=["json"]), "no sink is called 'json'"),
-    (dict(hooks="norms", sinks=[["csv"]]), "no sink is called ['csv']"),
-    (dict(hooks=[{"norms": 1}]), "no hook or set is called"),
+    (dict(hooks="norms", sinks=[["csv"]]), "sinks"),
+    (dict(hooks=[3]), "hooks"),
     (dict(hooks="norms", on_error="ignore"), "must be one of stop, skip"),
     (dict(hooks="norms", steps=50), "fires at the points of an epoch"),
 ]
@@ -426,18 +480,15 @@ WRONG = [  # keys of the configuration, and words the error must say
 
 @pytest.mark.parametrize("keys, words", WRONG, ids=str)
 def test_a_wrong_configuration_is_one_clear_line(keys, words):
-    with pytest.raises(ConfigError) as error: configure(**keys)
+    with pytest.raises(ConfigError) as error: create_hooks(configure(**keys))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_right_options_of_a_hook_that_is_off_are_accepted_and_change_nothing(tmp_path):
-    options = {"hessian": {"every_n_steps": 5, "scheme": "exact"}, "consecutive": {"every_n_epochs": 2}}
-    one, two = configure(name="with", hooks="minimal", log_every=5, hook_options=options), configure(name="without", hooks="minimal", log_every=5)
-    assert [hook.name for hook in create_hooks(one).hooks] == ["training_metrics", "norms"]
-    for config in (one, two): fit(config, tmp_path)
-    equal_rows(tmp_path / "with", tmp_path / "without")
-    assert create_hooks(configure(hooks="none", hook_options=options)) is None
-    in_steps = create_hooks(configure("step", hooks="minimal", log_every=5, hook_options={"norms": {"every_n_epochs": 2}}))  # never fires there
+def test_without_hooks_nobody_watches_and_options_of_a_set_reach_its_hooks(tmp_path):
+    for none in ({}, "none", None): assert create_hooks(configure(hooks=none)) is None
+    by_set = create_hooks(configure(hooks={"minimal": {}, "norms": {"every_n_epochs": 2}}))
+    assert [hook.name for hook in by_set.hooks] == ["training_metrics", "norms"] and by_set.hooks[1].every_n_epochs == 2
+    in_steps = create_hooks(configure("step", hooks={"minimal": {}, "norms": {"every_n_epochs": 2}}))  # never fires there
     assert [hook.name for hook in in_steps.hooks] == ["training_metrics"]
 
 
@@ -467,7 +518,7 @@ REFERENCES = [
 def test_a_wrong_reference_is_one_clear_line_and_nothing_is_written(which, words, finished):
     before = sorted(finished.rglob("*"))
     given = {"reference": which} if isinstance(which, str) else {}
-    config = configure(name="new", hooks="hessian", hook_options=BURSTS, **given)
+    config = configure(name="new", hooks=BURSTS, **given)
     with pytest.raises(ConfigError) as error: fit(config, finished, hooks=create_hooks(config, None if given else which))
     assert all(w in str(error.value) for w in words) and "\n" not in str(error.value)
     assert [f for f in sorted(finished.rglob("*")) if f.suffix != ".lock"] == [f for f in before if f.suffix != ".lock"]
@@ -672,7 +723,7 @@ def first(state):
 
 
 def backward(state):
-    with torch.enable_grad(): state.criterion(state.model(state.train[0]), state.train[1]).backward()
+    with torch.enable_grad(): state.loss_fn(state.model, state.batches.data).backward()
 
 
 def new_gradient(state):
@@ -711,8 +762,8 @@ CHANGES = {  # what a hook does: what the message names, which look notices
     "schedule": (lambda s: s.scheduler.step(), "the schedule", "long"),
     "next batch": (lambda s: s.batches.of_epoch(), "the order of the data", "long"),
     "order's generator": (lambda s: torch.rand((), generator=s.batches.rng), "the order of the data", "long"),
-    "training data": (lambda s: s.batches.x.zero_(), "the data", "quick"),
-    "training data replaced": (lambda s: setattr(s.batches, "x", s.batches.x.clone()), "the data", "quick"),
+    "training data": (lambda s: s.batches.data[0].zero_(), "the data", "quick"),
+    "training data replaced": (lambda s: setattr(s.batches, "data", (s.batches.data[0].clone(), s.batches.data[1])), "the data", "quick"),
     "requires_grad": (lambda s: first(s).requires_grad_(False), "weights", "long"),
 }  # fmt: skip
 
@@ -770,9 +821,9 @@ def test_later_an_observer_is_stopped_where_the_quick_look_suffices_and_others_a
 
 
 UNSEEN = {  # where, and what a hook does
-    "the batch of the step": (PRE_STEP, lambda s: s.batch.x.zero_()),
+    "the batch of the step": (PRE_STEP, lambda s: s.batch.data[0].zero_()),
     "the loss": (POST_STEP, lambda s: s.loss.zero_()),
-    "the test data": (POST_STEP, lambda s: s.test[0].zero_()),
+    "the test data": (POST_STEP, lambda s: s.held_out[0].zero_()),
 }
 
 
@@ -787,7 +838,7 @@ def test_a_hook_that_changes_the_numbers_of_a_step_is_stopped_or_without_effect(
         except HookError as error:
             assert "changed" in str(error)
             return
-        found.append(digest([state.model.state_dict(), state.loss, state.test]))
+        found.append(digest([state.model.state_dict(), state.loss, state.held_out]))
     assert found[0] == found[1]
 
 
@@ -800,7 +851,7 @@ def test_a_hook_that_changes_weights_and_raises_is_stopped_too():
     with pytest.raises(HookError, match="changed weights"): train_step(state, state.batches.of_epoch(), None, hooks.fire)
 
 
-WRITTEN = ["step", "loss", "lr", "model", "criterion", "seed", "train_state", "batch", "reference", "previous_grad", "weights"]
+WRITTEN = ["step", "loss", "lr", "model", "loss_fn", "seed", "train_state", "batch", "reference", "previous_grad", "weights"]
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -869,18 +920,18 @@ def test_what_is_remembered_has_a_stated_size(tmp_path):
 
 # 9. Odd networks, lengths and sizes.
 
-EXACT = dict(hooks="full", log_every=5, hook_options={"hessian": {"every_n_steps": 1, "burst_length": 1, "scheme": "exact", "displacement": True, "per_parameter": True}})
+EXACT = dict(log_every=5, hooks={"full": {}, "hessian": {"every_n_steps": 1, "burst_length": 1, "scheme": "exact", "displacement": True, "per_parameter": True}})
 
 
 def patched(monkeypatch, change):
-    make = lal.core.state.create_model
+    make = lal.modular.models.create_model
 
     def changed(config):
         model = make(config)
         change(model)
         return model
 
-    monkeypatch.setattr(lal.core.state, "create_model", changed)
+    monkeypatch.setattr(lal.modular.models, "create_model", changed)
 
 
 def rows_of(config, root, warned=()):
@@ -960,16 +1011,16 @@ def test_training_metrics_are_those_of_the_history(straight, tmp_path):
         folder = RunFolder(straight[unit])
         rows, history = folder.table("hooks/training_metrics").read(), folder.history
         both = rows.merge(history, on="step", suffixes=("", "_h"))
-        both = both[both.val_acc.notna()]
+        both = both[both.test_acc.notna()]
         assert len(both) == (3 if unit == "epoch" else 12)
-        assert both.val_acc.tolist() == both.test_acc.tolist() and both.train_acc.tolist() == both.train_acc_h.tolist()
+        assert both.test_acc.tolist() == both.test_acc_h.tolist() and both.train_acc.tolist() == both.train_acc_h.tolist()
         assert np.allclose(rows.perplexity, np.exp(rows.loss), rtol=1e-6)
 
 
 def test_log_points_beyond_the_end_leave_the_last_epoch(tmp_path):
     tables = rows_of(configure(**ALL | dict(log_every=1000)), tmp_path)
     assert tables["norms"].epoch.tolist() == [15] and tables["consecutive"].epoch.tolist() == [15]
-    assert tables["training_metrics"].val_acc.notna().sum() == 1
+    assert tables["training_metrics"].test_acc.notna().sum() == 1
 
 
 def test_a_run_that_goes_on_measures_on(straight, tmp_path):
@@ -1046,8 +1097,6 @@ def test_a_keyboard_interrupt_inside_a_hook_ends_the_run_and_it_resumes(straight
 
 @each_unit
 def test_a_run_that_diverges_says_so_and_hooks_do_not_get_in_the_way(unit, tmp_path):
-    from lal.core.trainer import NonFiniteLoss
-
     config = configure(unit, optimizer="sgd", lr=1e30, **ALL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -1083,6 +1132,16 @@ def test_what_is_written_is_described_in_the_tables(straight):
         assert metric["high"] is None or (values <= metric["high"] + slack).all(), metric["name"]
 
 
+def test_the_columns_of_the_experiment_are_declared_where_training_metrics_writes_them(straight):
+    import pyarrow.parquet as pq
+
+    told = json.loads(pq.read_schema(straight["epoch"] / "hooks/training_metrics.parquet").metadata[b"lal.hook"])
+    columns = [metric.declared() for metric in find_experiment("modular").columns]
+    assert [metric["name"] for metric in told["metrics"][:3]] == ["loss", "lr", "perplexity"] and told["metrics"][3:] == columns
+    rows = RunFolder(straight["epoch"]).table("hooks/training_metrics").read()
+    assert [*rows] == ["epoch", "step", *(metric["name"] for metric in told["metrics"])]
+
+
 def test_hooks_and_sinks_raise_no_warning_of_any_kind(tmp_path):
     "A whole run, with a stop and a resume, under `python -W error`."
     script = f"""
@@ -1090,10 +1149,10 @@ import torch
 from pathlib import Path
 from lal.core.config import make_config
 from lal.core.trainer import Trainer
-from lal.hooks.registry import create_hooks
+from lal.hooks.registry import REGISTRY as HOOKS, create_hooks
 for unit in (dict(epochs=6), dict(steps=24)):
-    config = make_config(**{BASE}, **unit, name=next(iter(unit)), hooks="full", sinks=["jsonl", "csv"], log_every=2, profile_hooks=True,
-        hook_options={{"hessian": {{"every_n_steps": 4, "burst_length": 3, "displacement": True}}}})
+    config = make_config(**{BASE}, **unit, name=next(iter(unit)), sinks=["jsonl", "csv"], log_every=2, profile_hooks=True,
+        hooks={{"full": {{}}, "hessian": {{"every_n_steps": 4, "burst_length": 3, "displacement": True}}}})
     Trainer(config, {str(tmp_path)!r}, progress=False, hooks=create_hooks(config)).fit()
     more = dict(extra_epochs=2) if "epochs" in unit else dict(extra_steps=3)
     Trainer(config, {str(tmp_path)!r}, progress=False, hooks=create_hooks(config)).fit(**more)
@@ -1120,7 +1179,7 @@ class Keeping(Hook):
 
     def post_step(self, state):
         if not hasattr(self, "kept"): self.kept = state.batch
-        return {"fine": state.loss_at(state.weights(), self.kept) + 0 * self.kept.x.sum()}
+        return {"fine": state.loss_at(state.weights(), self.kept) + 0 * self.kept.data[0].sum()}
 
 
 class KeepingLive(Hook):
