@@ -17,7 +17,7 @@ from lal.core.device import device_name, generator, resolve_device, seeded
 from lal.modular.models import BaselineMLP, GrokTransformer
 from lal.modular.task import Task, encode, examples
 from lal.curvature.lanczos import Search, eigsh
-from lal.curvature.operators import FiniteDifferenceOperator, HessianOperator
+from lal.curvature.hessian_operator import FiniteDifferenceOperator, HessianOperator
 from lal.curvature.params import loss_function, params_of
 
 K = 10
@@ -100,7 +100,7 @@ def solvers(case: Case, tol: float, missing: set) -> dict:
         H = HessianOperator(case.function(), params_of(case.model))
         search = Search(H, K, "LA", tol, 1000, max(4 * K, 2 * K + 20), 0)
         search.find()
-        return search.values[:K], search.rows[:K].T
+        return search.found.values[:K], search.found.rows[:K].T
 
     def by_scipy(scipy_tol):
         def act():

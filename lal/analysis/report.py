@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 import pandas as pd
 import plotly.io as pio
-import yaml
 from ..core.errors import RunError
 from ..core.files import write_whole
+from ..core.keys import write_yaml
 from lal.analysis.curves import (
     column_words,
     columns_of,
@@ -84,14 +84,15 @@ def reading(runs: list[Run]) -> str:
     if {"train", "test"} <= parts:
         words.append("Blue: on the data trained on. Orange: on data held out.")
     if there:
-        words.append(f"A dot marks where a run {' or '.join(said)}.")
+        either = " or ".join([", ".join(said[:-1])] * (len(said) > 1) + said[-1:])
+        words.append(f"A dot marks where a run {either}.")
     if there and len(said) > 1:
         words.append(
             "The distance between a run's dots is the delay from one to the next."
         )
     return " ".join(words)
 
-
+# %% ../../nbs/analysis/06_report.ipynb #bf52fda9
 def meanings(runs: list[Run]) -> str:
     "What each column of these runs is, as declared."
     said = {
@@ -106,7 +107,7 @@ def meanings(runs: list[Run]) -> str:
     ]
     return ". ".join(word[0].upper() + word[1:] for word in words) + "." * bool(words)
 
-
+# %% ../../nbs/analysis/06_report.ipynb #b02f086e
 def definitions(runs: list[Run]) -> str:
     "What each milestone of these runs means."
     said = {}
@@ -142,7 +143,7 @@ def _values(runs: list[Run], key: str) -> str:
     short = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
     return " / ".join(dict.fromkeys(short))
 
-
+# %% ../../nbs/analysis/06_report.ipynb #bf4d07d9
 def shared_config(runs: list[Run]) -> str:
     "The configuration that these runs share as YAML, and the names of the keys in which they differ."
     configs = [run.config for run in runs]
@@ -150,7 +151,7 @@ def shared_config(runs: list[Run]) -> str:
     keys = [k for k in dict.fromkeys(k for c in configs for k in c) if k not in own]
     differ = [k for k in keys if any(c.get(k) != configs[0].get(k) for c in configs)]
     shared = {k: configs[0].get(k) for k in keys if k not in differ}
-    text = yaml.safe_dump(shared, sort_keys=False, allow_unicode=True)
+    text = write_yaml(shared)
     return text + (f"# different: {', '.join(differ)}\n" if differ else "")
 
 # %% ../../nbs/analysis/06_report.ipynb #1b0186b2
@@ -255,21 +256,26 @@ def report_html(runs: list[Run]) -> str:
         "machine": _machine(runs),
         "config": shared_config(runs),
     }
-    table = stages_table(runs).replace("", None)
+    table = stages_table(runs).astype(object)
     return PAGE.format(
         **{name: escape(text) for name, text in words.items()},
         figure=figure_html(training_curves(runs, title=""), "curves", first=True),
         entanglement=entanglement_section(runs),
         hooks=hooks_section(runs),
-        table=table.to_html(index=False, border=0, na_rep="-"),
+        table=table.map(_cell).to_html(index=False, border=0),
     )
+
+
+def _cell(value) -> str:
+    return "-" if pd.isna(value) or value == "" else str(value)
 
 
 def _machine(runs: list[Run]) -> str:
     seconds = sum(run.summary.get("seconds", 0.0) for run in runs)
     ran = [(r.environment["device_name"], r.environment["versions"]) for r in runs]
     on = [f"{name}, torch {v['torch']}, Python {v['python']}" for name, v in ran]
-    return f"{' / '.join(dict.fromkeys(on))}; {seconds:.1f} s of training in all."
+    said = f"; {seconds:.1f} s of training in all." if seconds else "."
+    return " / ".join(dict.fromkeys(on)) + said
 
 # %% ../../nbs/analysis/06_report.ipynb #4b2612f2
 def write_report(

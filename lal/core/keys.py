@@ -80,23 +80,23 @@ class Key(NamedTuple):
     condition: str  # in words
 
 # %% ../../nbs/core/03_keys.ipynb #a425a014
-def _default(cls, name: str):
-    "A new copy of what the field holds when nothing is given."
+def _defaults(cls) -> dict:
+    "What each field holds when nothing is given."
     if not issubclass(cls, msgspec.Struct):
-        return getattr(cls, name, msgspec.NODEFAULT)
-    field = {f.name: f for f in msgspec.structs.fields(cls)}[name]
-    made = field.default_factory is not msgspec.NODEFAULT
-    return field.default_factory() if made else field.default
+        return {name: getattr(cls, name) for name in dir(cls)}
+    made = lambda f: f.default_factory is not msgspec.NODEFAULT
+    found = msgspec.structs.fields(cls)
+    return {f.name: f.default_factory() if made(f) else f.default for f in found}
 
 # %% ../../nbs/core/03_keys.ipynb #c30dd47f
 def keys_of(cls: type) -> dict[str, Key]:
     "The keys that a class declares, by name. Raises `TypeError` for one without a default."
-    found = {}
+    found, defaults = {}, _defaults(cls)
     for name, annotation in get_type_hints(cls, include_extras=True).items():
         kind, nullable, facts = parts(annotation)
         if not facts and not issubclass(cls, msgspec.Struct):
             continue
-        if (default := _default(cls, name)) is msgspec.NODEFAULT:
+        if (default := defaults.get(name, msgspec.NODEFAULT)) is msgspec.NODEFAULT:
             raise TypeError(f"{cls.__name__}.{name} needs a default")
         meaning, condition = facts.get("description", ""), condition_of(kind, facts)
         found[name] = Key(name, annotation, default, kind, nullable, meaning, condition)

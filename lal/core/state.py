@@ -86,7 +86,9 @@ def n_examples(data) -> int:
     sizes = {len(t) if t.dim() else 0 for t in tensors_in(data)}
     if len(sizes) != 1 or 0 in sizes:
         shapes = ", ".join(str(list(t.shape)) for t in tensors_in(data)) or "no tensor"
-        raise ValueError(f"data needs tensors with one first dimension; it has {shapes}")
+        raise ValueError(
+            f"data needs tensors with one first dimension; it has {shapes}"
+        )
     return sizes.pop()
 
 # %% ../../nbs/core/09_state.ipynb #7255c5d3

@@ -118,7 +118,7 @@ def after_unit(recorder: Recorder) -> None:
 # %% ../../nbs/core/11_trainer.ipynb #50369392
 def after_step(recorder: Recorder, asked: list) -> None:
     "Write rows when it is time; when asked to stop, write a checkpoint and raise `Interrupted`."
-    if recorder.folder.due:
+    if recorder.folder.tables.due:
         recorder.flush()
     if asked:
         if not recorder.complete():
@@ -181,7 +181,7 @@ def restore(recorder: Recorder) -> dict[str, int]:
 def restore_record(recorder: Recorder, rows: dict[str, int]) -> None:
     "Drop the rows that came after the checkpoint, and load the best weights it knew."
     s, folder = recorder.state, recorder.folder
-    folder.rewind(rows)
+    folder.tables.rewind(rows)
     best, kept = folder.path / "checkpoints" / "best.pt", None
     try:
         kept = load_checkpoint(best, s.device) if best.exists() and s.best else None

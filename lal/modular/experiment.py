@@ -100,7 +100,8 @@ class Modular(Experiment):
     def measure(self, state: "TrainState") -> "dict[str, torch.Tensor]":
         "Loss and accuracy on all training and all test pairs."
         (train_loss, train_acc), (test_loss, test_acc) = (
-            evaluate(state.model, *part) for part in (state.batches.data, state.held_out)
+            evaluate(state.model, *part)
+            for part in (state.batches.data, state.held_out)
         )
         return {
             "train_loss": train_loss,

@@ -1,16 +1,27 @@
-"The command line, used as a person would use it: in its own process, in an empty folder."
-import fcntl, json, os, pty, re, signal, struct, subprocess, sys, termios, time
-from pathlib import Path
+"The command line, used as a person would use it: in an empty folder. In its own process where signals, a terminal or imports matter."
+import contextlib, fcntl, json, os, pty, re, signal, struct, subprocess, sys, termios, textwrap, time
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 from lal.analysis.runs import load_run
+from lal.app.cli import app
+from lal.core.run import RunFolder
 
 LAL = [sys.executable, "-c", "from lal.app.cli import main; main()"]
 SMALL = ["--set", "p=11", "--set", "batch_size=16", "--set", "seeds=null", "--set", "device=cpu"]
 
 
 def lal(*words, cwd, expect=0):
+    "Call the command line in this process; what it printed has `stdout` and `stderr`."
+    with contextlib.chdir(cwd): done = CliRunner().invoke(app, [*map(str, words)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code == expect, f"lal {' '.join(map(str, words))}: exit {done.exit_code}, not {expect}\n{done.output}"
+    return done
+
+
+def lal_alone(*words, cwd, expect=0):
+    "Call it in a process of its own."
     done = subprocess.run([*LAL, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == expect, f"lal {' '.join(map(str, words))}: exit {done.returncode}, not {expect}\n{done.stdout}\n{done.stderr}"
     return done
@@ -29,6 +40,7 @@ WRONG = {
     "type": ("lr: fast\n", ("lr = fast", "must be a number")),
     "name": ("name: ../elsewhere\n", ("name = ../elsewhere",)),
     "device": ("device: cuda:99\n", ("device = cuda:99", "not available")),
+    "a hook's option": ("hooks: {hessian: {epsilom: 1}}\n", ("hooks.hessian.epsilom = 1", "did you mean 'epsilon'?")),
 }
 
 
@@ -49,22 +61,37 @@ def test_a_wrong_configuration_is_one_line_exit_2_and_no_run_folder(case, tmp_pa
     (("train", "quickstart", "--set", "n_heads=7"), "n_heads = 7"), (("configs", "show", "nothing"), "nothing"),
     (("train", "quickstart", "--hooks", "hesian"), "did you mean 'hessian'?"), (("train", "quickstart", "--hooks", ""), "no hook or set is called ''"),
     (("train", "quickstart", "--hooks", "none,norms"), "'none' stands alone"), (("train", "quickstart", "--hooks", "full", "--set", "hooks=none"), "give one"),
-    (("train", "quickstart", "--hooks", "minimal", "--hook", "hessian.epsilon=1"), "hessian is not switched on"), (("train", "quickstart", "--hooks", "full", "--hook", "hesian.epsilon=1"), "did you mean 'hessian'?"),
+    (("train", "quickstart", "--hooks", "full", "--hook", "hesian.epsilon=1"), "did you mean 'hessian'?"), (("train", "quickstart", "--set", "hooks.hessian.epsilon=fast"), "hooks.hessian.epsilon = fast"),
     (("train", "quickstart", "--hooks", "full", "--hook", "hessian.epsilom=1"), "did you mean 'epsilon'?"), (("train", "quickstart", "--hooks", "full", "--hook", "hessian.epsilon=fast"), "must be a number or null"),
     (("train", "quickstart", "--hooks", "full", "--hook", "hessian.epsilon=[["), "not valid YAML"), (("train", "quickstart", "--hooks", "full", "--hook", "epsilon=1"), "name.option=value"),
     (("train", "quickstart", "--hooks", "full", "--hook", "hessian.burst_length=0"), "must be 1 or larger"), (("train", "quickstart", "--hooks", "full", "--hook", "minimal.x=1"), "is a set"),
     (("train", "quickstart", "--hooks", "full", "--set", "reference=nowhere"), "reference = nowhere"), (("train", "quickstart", "--hooks", "none", "--profile"), "--profile"),
     (("train", "quickstart", "--hooks", "norms", "--set", "steps=50", "--set", "warmup_epochs=0"), "counts steps"),
     (("hooks", "describe", "hesian"), "did you mean 'hessian'?"), (("hooks", "describe", "full"), "is a set"),
+    (("configs", "--keys", "--experiment", "modula"), "did you mean 'modular'?"), (("configs", "--schema", "--experiment", "modula"), "did you mean 'modular'?"), (("report", "nothing"), "nothing"),
 ])
 def test_wrong_usage_is_one_line_and_exit_2(words, named, tmp_path):
     done = lal(*words, cwd=tmp_path, expect=2)
     assert named in done.stderr and done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == [], done.stderr
 
 
+@pytest.mark.parametrize("words, code", [(("--help",), 0), (("nonsense",), 2), (("train", "--help"), 0), (("train", "quikstart"), 2), (("train", "quickstart", "--set", "lrr=3"), 2), (("train", "my.yaml"), 2), (("configs",), 0), (("configs", "--keys"), 0)])
+def test_help_and_a_wrong_call_load_nothing_heavy(words, code, tmp_path):
+    (tmp_path / "my.yaml").write_text("train_frac: 1.5\n")
+    watched = textwrap.dedent("""
+        import atexit, sys
+        atexit.register(lambda: print("loaded:", *sorted({"torch", "pandas", "pyarrow", "duckdb", "plotly", "scipy"} & {*sys.modules})))
+        from lal.app.cli import main; main()
+    """)
+    done = subprocess.run([sys.executable, "-c", watched, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and done.stdout.splitlines()[-1] == "loaded:", done.stdout + done.stderr
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
     (tmp_path / "my.yaml").write_text("eps: 1e-8\nlr: 1e-3\np: 7\nepochs: 2\n")
     lal("train", "my.yaml", cwd=tmp_path)
+    config = RunFolder(tmp_path / "runs/my").config
+    assert (config.eps, config.lr) == (1e-8, 1e-3)
     assert "eps: 1.0e-08" in (tmp_path / "runs/my/config.yaml").read_text()
 
 
@@ -78,10 +105,21 @@ def test_a_run_and_its_page(tmp_path):
     again = lal("train", "quickstart", cwd=tmp_path, expect=2)
     assert "exists already" in again.stderr
     assert "p=11" not in again.stderr and len(list((tmp_path / "runs").glob("*/summary.json"))) == 3
+    page = (tmp_path / "runs/quickstart.html").read_text()
+    (tmp_path / "runs/quickstart.html").unlink()
+    said = lal("report", "quickstart_seed0", "runs/quickstart_seed1", "--output", "two.html", cwd=tmp_path).stdout
+    assert said.strip().endswith((tmp_path / "two.html").resolve().as_uri())
+    two = (tmp_path / "two.html").read_text()
+    assert "quickstart_seed1" in two and "quickstart_seed2" not in two and "quickstart_seed2" in page
+    lal("report", "quickstart_seed2", cwd=tmp_path)
+    assert (tmp_path / "runs/quickstart_seed2.html").exists()
+    (tmp_path / "full").mkdir()
+    refused = lal("report", "quickstart_seed2", "--output", "full", cwd=tmp_path, expect=2)
+    assert "is a folder" in refused.stderr
 
 
 def test_the_same_seed_twice_is_the_same_bits_in_two_processes(tmp_path):
-    for name in ("one", "two"): lal("train", "quickstart", *SMALL, "--set", "epochs=30", "--name", name, cwd=tmp_path)
+    for name in ("one", "two"): lal_alone("train", "quickstart", *SMALL, "--set", "epochs=30", "--name", name, cwd=tmp_path)
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
     pd.testing.assert_frame_equal(pd.read_parquet(one / "history.parquet"), pd.read_parquet(two / "history.parquet"), check_exact=True)
     a, b = (torch.load(p / "checkpoints/30.pt", weights_only=True)["model"] for p in (one, two))
@@ -89,19 +127,30 @@ def test_the_same_seed_twice_is_the_same_bits_in_two_processes(tmp_path):
     assert (one / "history.parquet").read_bytes() == (two / "history.parquet").read_bytes()
 
 
-def started(tmp_path, name):
-    "A run of 600 epochs that has written its first checkpoint."
-    process = subprocess.Popen([*LAL, "train", "quickstart", *SMALL, "--set", "epochs=600", "--set", "checkpoint_every=20", "--name", name], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+LONG = [*SMALL, "--set", "epochs=200", "--set", "checkpoint_every=20"]
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory):
+    "The run of `LONG`, never interrupted."
+    root = tmp_path_factory.mktemp("straight")
+    lal("train", "quickstart", *LONG, "--name", "straight", cwd=root)
+    return root / "runs/straight"
+
+
+def started(cwd, *words):
+    "The process of a run of this name that has written its first checkpoint."
+    process = subprocess.Popen([*LAL, "train", "quickstart", *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "runs" / name / "checkpoints/20.pt").exists():
+    while not (cwd / "runs" / words[-1] / "checkpoints/20.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     return process
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_resumes_and_ends_where_it_would_have_ended(how, tmp_path):
-    process = started(tmp_path, "stopped")
+def test_a_stopped_run_resumes_and_ends_where_it_would_have_ended(how, tmp_path, straight):
+    process = started(tmp_path, *LONG, "--name", "stopped")
     process.send_signal(how)
     out, err = process.communicate(timeout=60)
     run = tmp_path / "runs/stopped"
@@ -115,10 +164,8 @@ def test_a_stopped_run_resumes_and_ends_where_it_would_have_ended(how, tmp_path)
         command = err.split("Continue with:  ")[1].splitlines()[0].split()[1:]     # the printed line is the one that works
     assert len(load_run(run).history) > 1
     lal(*command, cwd=tmp_path)
-    lal("train", "quickstart", *SMALL, "--set", "epochs=600", "--set", "checkpoint_every=20", "--name", "straight", cwd=tmp_path)
-    straight = tmp_path / "runs/straight"
     pd.testing.assert_frame_equal(pd.read_parquet(run / "history.parquet"), pd.read_parquet(straight / "history.parquet"), check_exact=True)
-    a, b = (torch.load(p / "checkpoints/600.pt", weights_only=True)["model"] for p in (run, straight))
+    a, b = (torch.load(p / "checkpoints/200.pt", weights_only=True)["model"] for p in (run, straight))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
 
@@ -130,9 +177,26 @@ def test_a_failed_run_is_exit_1_and_says_why(tmp_path):
 
 
 def test_help_is_a_page_to_start_from(tmp_path):
-    for words in (("--help",), ("train", "--help"), ("configs", "--help"), ("hooks", "--help"), ("runs", "--help"), ("hooks",), ("hooks", "describe", "hessian"), ("doctor",), ("configs",), ("configs", "--keys"), ("configs", "show", "quickstart")):
+    for words in (("--help",), ("train", "--help"), ("configs", "--help"), ("hooks", "--help"), ("runs", "--help"), ("report", "--help"), ("hooks",), ("hooks", "describe", "hessian"), ("doctor",), ("configs",), ("configs", "--keys"), ("configs", "show", "quickstart")):
         assert len(lal(*words, cwd=tmp_path).stdout) > 200
     assert "lal train quickstart" in lal("--help", cwd=tmp_path).stdout
+    assert "lal train quickstart" in lal_alone("--help", cwd=tmp_path).stdout
+
+
+def test_the_schema_knows_every_key_and_every_option_of_a_hook(tmp_path):
+    import jsonschema                                  # nbformat needs it
+    from lal.core.config import shipped_configs
+    from lal.core.keys import read_yaml
+    schema = json.loads(lal("configs", "--schema", cwd=tmp_path).stdout)
+    text = json.dumps(schema)
+    listed = {line.split()[0] for line in lal("configs", "--keys", cwd=tmp_path).stdout.splitlines()[1:]}
+    assert all(f'"{key}"' in text for key in ("weight_decay", "train_frac", "epsilon", "burst_length", *listed))
+    names = [line.split()[0] for line in lal("configs", cwd=tmp_path).stdout.splitlines()[1:]]
+    assert names == [*shipped_configs()] and "validate_transformer_half" in names
+    refuse = jsonschema.Draft202012Validator(schema)
+    for file in shipped_configs().values(): assert not [*refuse.iter_errors(read_yaml(file))], file
+    for fine in ({"hooks": "norms,hessian"}, {"hooks": None}, {"hooks": {"hessian": {"epsilon": 1e-3}, "full": {}}}, {"p": 23}, {"modular": {"p": 23}}): assert refuse.is_valid(fine), fine
+    for wrong in ({"lrr": 1}, {"lr": "fast"}, {"lr": -1}, {"hooks": {"hessian": {"epsilom": 1}}}, {"hooks": {"hesian": {}}}, {"modular": {"q": 1}}, {"experiment": "energies"}): assert not refuse.is_valid(wrong), wrong
 
 
 WATCHED = (*SMALL, "--set", "epochs=24", "--set", "log_every=4", "--hooks", "norms,hessian", "--hook", "hessian.every_n_steps=20", "--hook", "hessian.burst_length=4")
@@ -146,24 +210,21 @@ def test_a_watched_run_leaves_a_table_for_each_hook_and_goes_on_as_it_began(tmp_
     run = tmp_path / "runs/x"
     assert sorted(p.name for p in (run / "hooks").iterdir()) == ["hessian.parquet", "norms.parquet", "training_metrics.parquet"]
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
-    for words, named in ((("--hooks", "full"), "the run has hooks = norms,hessian"), (("--set", "hooks=none"), "the run has hooks = norms,hessian"), (("--hook", "hessian.burst_length=5"), "the run has hessian.burst_length = 4"),
-                         (("--hook", "hessian.epsilon=null"), "the run has hessian.epsilon = 0.0001"), (("--set", "hook_options=null"), "the run has hessian."), (("--hook", "consecutive.from_epoch=0"), "not switched on")):
+    had = "the run has hooks = training_metrics,norms,hessian"
+    for words, named in ((("--hooks", "full"), had), (("--set", "hooks=none"), had), (("--hook", "hessian.burst_length=5"), "hooks.hessian.burst_length = 5: the run has 4"),
+                         (("--hook", "hessian.epsilon=null"), "hooks.hessian.epsilon = null: the run has 0.0001"), (("--set", "hooks={norms: {}, hessian: {burst_length: 5}}"), "the run has 4"), (("--hook", "consecutive.from_epoch=0"), "hooks.consecutive")):
         refused = lal("train", "quickstart", "--name", "x", "--set", "seeds=null", "--resume", *words, cwd=tmp_path, expect=2)
-        assert named in refused.stderr and refused.stderr.count("\n") == 1 and refused.stdout == "", refused.stderr
+        assert named in refused.stderr and "goes on as it began" in refused.stderr and refused.stderr.count("\n") == 1 and refused.stdout == "", refused.stderr
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
-    for words in ((), ("--hooks", "hessian,norms,training_metrics"), ("--set", "hooks=[norms, hessian]"), ("--hook", "hessian.epsilon=1e-4")):
+    for words in ((), ("--hooks", "hessian,norms,training_metrics"), ("--set", "hooks=[norms, hessian]"), ("--hook", "hessian.epsilon=1e-4"), ("--set", "hooks.hessian={burst_length: 4}")):
         assert "finished already" in lal("train", "quickstart", "--name", "x", "--set", "seeds=null", "--resume", *words, cwd=tmp_path).stdout
     lal("train", "quickstart", "--name", "x", "--set", "seeds=null", "--extra-epochs", "4", cwd=tmp_path)
     assert pd.read_parquet(run / "hooks/norms.parquet").epoch.tolist() == [4, 8, 12, 16, 20, 24, 28]
 
 
 def test_an_interrupted_watched_run_resumes_with_the_printed_line_and_has_the_same_rows(tmp_path):
-    words = [w.replace("epochs=24", "epochs=400") for w in WATCHED] + ["--set", "checkpoint_every=20"]
-    process = subprocess.Popen([*LAL, "train", "quickstart", *words, "--name", "x"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "runs/x/checkpoints/20.pt").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    words = [w.replace("epochs=24", "epochs=100") for w in WATCHED] + ["--set", "checkpoint_every=20"]
+    process = started(tmp_path, *words, "--name", "x")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "--hooks norms,hessian --hook hessian.every_n_steps=20 --hook hessian.burst_length=4" in err, err
@@ -174,16 +235,18 @@ def test_an_interrupted_watched_run_resumes_with_the_printed_line_and_has_the_sa
         pd.testing.assert_frame_equal(one, two, check_exact=True)
 
 
-def test_options_of_hooks_that_are_off_wait(tmp_path):
-    (tmp_path / "my.yaml").write_text("p: 7\nepochs: 3\ndevice: cpu\nhooks: [norms, hessian]\nhook_options: {hessian: {epsilon: 1e-3}, norms: {every_n_epochs: 2}}\n")
-    lal("train", "my.yaml", "--hooks", "none", "--name", "a", cwd=tmp_path)
-    lal("train", "my.yaml", "--hooks", "minimal", "--name", "b", cwd=tmp_path)
-    lal("train", "my.yaml", "--hook", "hessian.check_every=3", "--name", "c", cwd=tmp_path)
-    a, b, c = (load_run(tmp_path / "runs" / name).config for name in "abc")
-    given = {"hessian": {"epsilon": "1e-3"}, "norms": {"every_n_epochs": 2}}
-    assert a["hook_options"] == b["hook_options"] == given
-    assert not (tmp_path / "runs/a/hooks").exists() and load_run(tmp_path / "runs/b").hooks == ["norms", "training_metrics"]
-    assert c["hooks"] == ["norms", "hessian"] and c["hook_options"] == {"hessian": {"epsilon": "1e-3", "check_every": 3}, "norms": {"every_n_epochs": 2}}
+def test_options_of_hooks_are_keys_like_others(tmp_path):
+    (tmp_path / "my.yaml").write_text("p: 7\nepochs: 3\ndevice: cpu\nhooks: {norms: {every_n_epochs: 2}, hessian: {epsilon: 1e-3}}\n")
+    words = {"a": ("--hooks", "none"), "b": ("--hooks", "minimal"), "c": ("--hook", "hessian.check_every=3"), "d": ("--hooks", "norms", "--hook", "consecutive.from_epoch=1"),
+             "e": ("--set", "hooks.hessian.epsilon=1e-2", "--set", "hooks.norms={}")}
+    for name, more in words.items(): lal("train", "my.yaml", *more, "--name", name, cwd=tmp_path)
+    runs = {name: load_run(tmp_path / "runs" / name) for name in words}
+    hooks = {name: RunFolder(run.path).config.hooks for name, run in runs.items()}
+    assert hooks["a"] == {} and not (tmp_path / "runs/a/hooks").exists()
+    assert runs["b"].hooks == ["norms", "training_metrics"]
+    assert hooks["c"]["hessian"].items() >= {"epsilon": 1e-3, "check_every": 3}.items() and hooks["c"]["norms"]["every_n_epochs"] == 2
+    assert runs["d"].hooks == ["consecutive", "norms", "training_metrics"] and hooks["d"]["consecutive"]["from_epoch"] == 1     # an option switches its hook on
+    assert hooks["e"]["hessian"]["epsilon"] == 1e-2
 
 
 def test_a_reference_that_does_not_fit_is_one_line_and_nothing_is_written(tmp_path):
@@ -193,27 +256,19 @@ def test_a_reference_that_does_not_fit_is_one_line_and_nothing_is_written(tmp_pa
     assert sorted(p.name for p in (tmp_path / "runs").glob("[!.]*")) == ["small", "small.html"]
 
 
-BREAKS = """
-from lal.app.cli import main
-from lal.hooks.norms import Norms
+def test_a_hook_that_raises_is_one_line_and_exit_1_or_counted(tmp_path, monkeypatch):
+    from lal.hooks.norms import Norms
 
-def breaks(self, state):
-    raise ValueError("it broke")
+    def breaks(self, state): raise ValueError("it broke")
 
-Norms.post_epoch = breaks
-main()
-"""
-
-
-def test_a_hook_that_raises_is_one_line_and_exit_1_or_counted(tmp_path):
+    monkeypatch.setattr(Norms, "post_epoch", breaks)
     words = ["train", "quickstart", *SMALL, "--set", "epochs=12", "--set", "log_every=4", "--hooks", "norms"]
-    broken = lambda *more: subprocess.run([sys.executable, "-c", BREAKS, *words, *more], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    done = broken("--name", "x")
+    done = lal(*words, "--name", "x", cwd=tmp_path, expect=1)
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("lal: hook norms, step ") and "it broke" in last and "Traceback" not in done.stderr
+    assert last.startswith("lal: hook norms, step ") and "it broke" in last and "Traceback" not in done.stderr
     assert json.loads((tmp_path / "runs/x/summary.json").read_text())["status"] == "failed"
-    done = broken("--name", "y", "--set", "on_error=skip")
-    assert done.returncode == 0 and done.stderr.count("it broke") == 1 and "lal: hook norms: raised, 3 times\n" in done.stderr, done.stderr
+    done = lal(*words, "--name", "y", "--set", "on_error=skip", cwd=tmp_path)
+    assert done.stderr.count("it broke") == 1 and "lal: hook norms: raised, 3 times\n" in done.stderr, done.stderr
 
 
 def in_a_terminal(*words, cwd, columns=80):

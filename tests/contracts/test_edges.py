@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from lal.core.device import generator
 from lal.curvature.edges import coupled_decay, preconditioner, stability, stability_edge
-from lal.curvature.operators import HessianOperator, MatrixOperator
+from lal.curvature.hessian_operator import HessianOperator
+from lal.curvature.operators import MatrixOperator
 from lal.curvature.params import flatten
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop

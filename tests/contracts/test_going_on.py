@@ -1,16 +1,16 @@
 "Runs that are continued, extended, overwritten or damaged: one line and an exit code, and nothing lost."
-import json, signal
+import shutil, signal
 from pathlib import Path
 import pytest
 import pandas as pd
 import torch
-import yaml
 from typer.testing import CliRunner
 from lal.analysis.runs import load_run
 from lal.app.cli import app
 from lal.core.config import load_config, make_config, with_values
 from lal.core.errors import Interrupted
 from lal.core.files import load_checkpoint, save_checkpoint
+from lal.core.keys import read_yaml
 from lal.core.run import RunFolder
 from lal.core.recorder import Recorder
 from lal.core.trainer import Trainer
@@ -29,8 +29,22 @@ def one(root: Path, *words, **options) -> str:
     return lal(root, "--set", "seeds=null", "--name", "one", *words, **options)
 
 
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    "A root with two equal runs, `one` and `two`, trained once; tests work on copies."
+    root = tmp_path_factory.mktemp("made")
+    for name in ("one", "two"): lal(root, "--set", "seeds=null", "--name", name)
+    return root
+
+
+@pytest.fixture
+def root(made, tmp_path) -> Path:
+    "A copy of these two runs."
+    return shutil.copytree(made, tmp_path / "made")
+
+
 def config(run: Path) -> dict:
-    values = yaml.safe_load((run / "config.yaml").read_text())
+    values = read_yaml(run / "config.yaml")
     return {**values, **values["modular"]}
 
 
@@ -41,13 +55,12 @@ def test_a_seed_added_on_resume_trains_like_its_siblings(tmp_path):
     assert second["p"] == 11 and {k: v for k, v in first.items() if k not in ("name", "seed", "modular")} == {k: v for k, v in second.items() if k not in ("name", "seed", "modular")}
 
 
-@pytest.mark.parametrize("change", ["p=13", "lr=0.1", "modular.p=13", "modular={p: 13}"])
-def test_resuming_with_a_contradiction_is_refused_also_when_finished(change, tmp_path):
-    one(tmp_path)
-    before = (tmp_path / "one/config.yaml").read_bytes()
-    said = one(tmp_path, "--resume", "--set", change, expect=2, small=())
+@pytest.mark.parametrize("change", ["p=13", "lr=0.1", "modular.p=13", "modular={p: 13}", "hooks.hessian.burst_length=3", "hooks=none", "hooks={norms: {}}"])
+def test_resuming_with_a_contradiction_is_refused_also_when_finished(change, root):
+    before = (root / "one/config.yaml").read_bytes()
+    said = one(root, "--resume", "--set", change, expect=2, small=())
     assert "goes on as it began" in said and said.count("\n") == 1
-    assert (tmp_path / "one/config.yaml").read_bytes() == before
+    assert (root / "one/config.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize("extra", [3, 12])  # fewer log points than the stopping rule wants in a row, and more
@@ -74,7 +87,7 @@ def test_the_stopping_rule_holds_whatever_until_says(tmp_path):
 
 
 def test_a_run_extended_before_its_rule_is_met_obeys_it(tmp_path):
-    stopped = Trainer(make_config(name="whole", **STOPPING), tmp_path).fit().history.epoch.max()
+    stopped = int(Trainer(make_config(name="whole", **STOPPING), tmp_path).fit().history.epoch.max())
     brief = make_config(name="brief", **STOPPING | dict(epochs=stopped - 2))
     Trainer(brief, tmp_path).fit()
     Trainer(brief, tmp_path).fit(extra_epochs=20)
@@ -106,27 +119,24 @@ def contents(run: Path) -> dict:
     return {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
 
 
-def test_a_damaged_checkpoint_is_a_warning_and_the_one_before_is_used(tmp_path):
-    one(tmp_path)
-    lal(tmp_path, "--set", "seeds=null", "--name", "whole")
-    newest = tmp_path / "one/checkpoints/8.pt"
+def test_a_damaged_checkpoint_is_a_warning_and_the_one_before_is_used(root):
+    newest = root / "one/checkpoints/8.pt"
     newest.write_bytes(newest.read_bytes()[:500])
-    said = one(tmp_path, "--extra-epochs", "2", small=())
+    said = one(root, "--extra-epochs", "2", small=())
     assert "lal: warning: " in said and "going on from 4.pt" in said and "10 epochs" in said
-    lal(tmp_path, "--set", "seeds=null", "--name", "whole", "--extra-epochs", "2", small=())
-    one_run, whole = (load_run(tmp_path / name) for name in ("one", "whole"))
+    lal(root, "--set", "seeds=null", "--name", "two", "--extra-epochs", "2", small=())
+    one_run, whole = (load_run(root / name) for name in ("one", "two"))
     pd.testing.assert_frame_equal(one_run.history, whole.history, check_exact=True)
     ours, theirs = (run.checkpoint(10)["model"] for run in (one_run, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_failed_extension_changes_nothing(tmp_path):
-    one(tmp_path)
-    for epoch in (4, 8): (tmp_path / f"one/checkpoints/{epoch}.pt").write_text("hello")
-    before = contents(tmp_path / "one")
-    said = one(tmp_path, "--extra-epochs", "2", expect=2, small=())
+def test_a_failed_extension_changes_nothing(root):
+    for epoch in (4, 8): (root / f"one/checkpoints/{epoch}.pt").write_text("hello")
+    before = contents(root / "one")
+    said = one(root, "--extra-epochs", "2", expect=2, small=())
     assert "8.pt" in said and "overwrite it to begin anew" in said
-    assert before == contents(tmp_path / "one")
+    assert before == contents(root / "one")
 
 
 def test_a_run_that_counts_steps(tmp_path):
@@ -142,14 +152,13 @@ def test_a_run_that_counts_steps(tmp_path):
     assert "warmup_epochs = 3" in other and "use warmup_steps" in other
 
 
-def test_two_processes_do_not_train_one_run(tmp_path):
-    one(tmp_path)
-    with RunFolder(tmp_path / "one").locked():
-        before = contents(tmp_path / "one")
+def test_two_processes_do_not_train_one_run(root):
+    with RunFolder(root / "one").locked():
+        before = contents(root / "one")
         for words in (("--extra-epochs", "2"), ("--overwrite",)):
-            assert "another process is training this run" in one(tmp_path, *words, expect=2, small=SMALL if "--overwrite" in words else ())
-        assert before == contents(tmp_path / "one")
-    one(tmp_path, "--overwrite")
+            assert "another process is training this run" in one(root, *words, expect=2, small=SMALL if "--overwrite" in words else ())
+        assert before == contents(root / "one")
+    one(root, "--overwrite")
 
 
 def test_a_signal_in_the_last_epoch_is_not_lost(tmp_path, monkeypatch):
@@ -165,14 +174,13 @@ def test_a_signal_in_the_last_epoch_is_not_lost(tmp_path, monkeypatch):
     assert load_run(tmp_path / "x").summary["status"] == "finished"
 
 
-def test_overwrite_keeps_what_is_not_a_run_and_what_cannot_be_replaced(tmp_path):
-    (tmp_path / "conf").mkdir()
-    for name in ("config.yaml", "other.txt"): (tmp_path / "conf" / name).write_text("db: mysql\n")
-    said = lal(tmp_path, "--set", "seeds=null", "--name", "conf", "--overwrite", expect=2)
-    assert "not a run folder" in said and (tmp_path / "conf/other.txt").exists()
-    one(tmp_path)
-    said = one(tmp_path, "--overwrite", "--set", "hidden_dim=100000000000", expect=2)
-    assert "can't be built" in said and load_run(tmp_path / "one").max_epoch == 8
+def test_overwrite_keeps_what_is_not_a_run_and_what_cannot_be_replaced(root):
+    (root / "conf").mkdir()
+    for name in ("config.yaml", "other.txt"): (root / "conf" / name).write_text("db: mysql\n")
+    said = lal(root, "--set", "seeds=null", "--name", "conf", "--overwrite", expect=2)
+    assert "not a run folder" in said and (root / "conf/other.txt").exists()
+    said = one(root, "--overwrite", "--set", "hidden_dim=100000000000", expect=2)
+    assert "can't be built" in said and load_run(root / "one").max_epoch == 8
 
 
 DAMAGE = {
@@ -189,25 +197,22 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_run_is_one_line_and_hides_no_other(case, tmp_path):
-    one(tmp_path)
-    lal(tmp_path, "--set", "seeds=null", "--name", "two")
+def test_a_damaged_run_is_one_line_and_hides_no_other(case, root):
     name, content = DAMAGE[case]
-    for file in (tmp_path / "one").glob(name):
+    for file in (root / "one").glob(name):
         file.write_bytes(file.read_bytes()[:100] if content is None else content)
-    said = one(tmp_path, "--extra-epochs", "2", expect=2, small=())
+    said = one(root, "--extra-epochs", "2", expect=2, small=())
     complaints = [line for line in said.splitlines() if line.startswith("lal: ")]
     assert len(complaints) == 1 and "one" in complaints[0] and "Traceback" not in said
     for question in ((), ("--sql", "SELECT run FROM runs JOIN history USING (run)")):
-        listed = CliRunner().invoke(app, ["runs", "--root", str(tmp_path), *question])
+        listed = CliRunner().invoke(app, ["runs", "--root", str(root), *question])
         assert listed.exit_code == 0 and "two" in listed.output, listed.output
 
 
-def test_a_checkpoint_of_another_model_is_named(tmp_path):
-    one(tmp_path)
-    file = tmp_path / "one/checkpoints/8.pt"
+def test_a_checkpoint_of_another_model_is_named(root):
+    file = root / "one/checkpoints/8.pt"
     save_checkpoint(file, load_checkpoint(file) | {"model": {"w": torch.zeros(3)}})
-    assert "8.pt: does not fit this run" in one(tmp_path, "--extra-epochs", "2", expect=2, small=())
+    assert "8.pt: does not fit this run" in one(root, "--extra-epochs", "2", expect=2, small=())
 
 
 @pytest.mark.parametrize("words, named", [
@@ -370,7 +375,7 @@ def test_a_reader_that_a_merge_overtakes_reads_once_more(tmp_path, monkeypatch):
 
 
 def test_tables_and_titles_of_a_run_that_counts_steps_are_in_steps(tmp_path):
-    from lal.analysis.plots import finding, training_curves
+    from lal.analysis.curves import finding, training_curves
     from lal.analysis.report import stages_table
     config = make_config(name="x", p=7, hidden_dim=16, steps=400, log_every=1, batch_size=10, lr=1e-2, threads=1, device="cpu")
     Trainer(config, tmp_path).fit()

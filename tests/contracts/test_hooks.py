@@ -11,15 +11,16 @@ from lal.core.config import make_config, one_per_seed, with_values
 from lal.core.errors import ConfigError, HookError, Interrupted, NonFiniteLoss
 from lal.core.experiment import Metric, find_experiment
 from lal.core.files import digest, load_checkpoint
+from lal.core.recorder import measure
 from lal.core.run import RunFolder, checkpoints
 from lal.core.state import POINTS, POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, SNAPSHOT, train_step
 from lal.core.trainer import Trainer
 from lal.curvature.params import axpy, norm
 from lal.hooks.consecutive import Consecutive
-from lal.hooks.framework import Batch, Hook, Hooks, HookState, Kept, Needs, Rows
+from lal.hooks.framework import Batch, Hook, Hooks, HookState, Kept, Needs, Rows, declared_options, points_of
 from lal.hooks.hessian import Hessian
 from lal.hooks.norms import Norms
-from lal.hooks.registry import create_hooks
+from lal.hooks.registry import REGISTRY as HOOKS, create_hooks
 from lal.hooks.training_metrics import TrainingMetrics
 
 UNITS = {"epoch": dict(epochs=15), "step": dict(steps=60)}  # four batches an epoch, the last one short
@@ -269,6 +270,59 @@ def test_three_hundred_steps_are_bit_for_bit_those_that_nobody_watched(length, k
     assert seen == unseen
 
 
+NOISY = {  # what draws masks or keeps running statistics in training mode
+    "dropout": lambda: [nn.Dropout(0.5)],
+    "batch norm": lambda: [nn.BatchNorm1d(8)],
+    "both, and a frozen part in evaluation mode": lambda: [nn.BatchNorm1d(8), nn.Dropout(0.3), nn.BatchNorm1d(8).eval().requires_grad_(False)],
+}
+OF_TRAINING = ("epoch", "step", "model", "optimizer", "scheduler", "batches", "generators")
+
+
+@pytest.fixture(params=NOISY)
+def noisy(request, monkeypatch):
+    patched(monkeypatch, lambda model: model.hidden.extend(NOISY[request.param]()))
+
+
+def statistics(model):
+    return {name: t.clone() for name, t in model.named_buffers() if "running" in name}
+
+
+@each_unit
+def test_how_often_a_run_measures_changes_no_bit_of_it(unit, noisy, tmp_path):
+    often, seldom = (fit(configure(unit, name=f"{n}", log_every=n), tmp_path, None) for n in (1, 4))
+    equal_checkpoints(tmp_path / "1", tmp_path / "4", OF_TRAINING)
+    rows = often.folder.history[often.folder.history[unit] % 4 == 0].reset_index(drop=True)
+    ours = seldom.folder.history[seldom.folder.history[unit] % 4 == 0].reset_index(drop=True)
+    pd.testing.assert_frame_equal(rows, ours, check_exact=True)
+
+
+@each_unit
+def test_measuring_is_done_in_evaluation_mode_and_moves_no_statistics(unit, noisy, tmp_path):
+    state = find_experiment("modular").build(configure(unit), torch.device("cpu"))
+    for _ in range(3): train_step(state, state.batches.of_epoch())
+    flags, before, drawn = [m.training for m in state.model.modules()], statistics(state.model), torch.get_rng_state()
+    rows = [measure(state) for _ in range(2)]
+    assert rows[0] == rows[1] and torch.equal(torch.get_rng_state(), drawn)
+    assert flags == [m.training for m in state.model.modules()]
+    assert all(torch.equal(t, before[name]) for name, t in statistics(state.model).items())
+    state.model.eval()
+    assert measure(state) == rows[0]  # the numbers are those of the network as it is used
+
+
+@pytest.mark.parametrize("name", HOOKS)
+@each_unit
+def test_every_hook_leaves_masks_and_running_statistics_as_they_were(name, unit, noisy, tmp_path):
+    cls = HOOKS[name]
+    if unit == "step" and not {PRE_STEP, POST_STEP} & {*points_of(cls)}: return  # it never fires there
+    every = {key: 1 for key in ("every_n_steps", "burst_length", "every_n_epochs") if key in declared_options(cls)}
+    alone = fit(configure(unit, name="alone", snapshot_every=2), tmp_path, None)
+    seen = fit(configure(unit, name="seen", snapshot_every=2, log_every=1, hooks={name: every}), tmp_path)
+    assert len(seen.folder.table(f"hooks/{name}").read()) > 10
+    equal_checkpoints(tmp_path / "alone", tmp_path / "seen", OF_TRAINING)
+    flags = [[m.training for m in trainer.state.model.modules()] for trainer in (alone, seen)]
+    assert flags[0] == flags[1]
+
+
 # 3. One mask.
 
 
@@ -412,9 +466,9 @@ WRONG = [  # keys of the configuration, and words the error must say
     (dict(hooks={"hessian": {"every_n_epochs": 5}}), "unknown option"),
     (dict(hooks={"norms": {"every_n_steps": 5}}), "unknown option"),
     (dict(hooks={"minimal": {}, "norms": {"every_n_steps": 5}}, steps=50), "unknown option"),
-    (dict(hooks={"hessian": 3}), "needs a mapping"),
+    (dict(hooks={"hessian": 3}), "hooks.hessian = 3: must be a mapping from options to values"),
     (dict(hooks={"norm": {}}), "no hook or set is called 'norm'; did you mean 'norms'?"),
-    (dict(hooks={"norms": [3]}), "needs a mapping"),
+    (dict(hooks={"norms": [3]}), "hooks.norms = [3]: must be a mapping"),
     (dict(hooks="norms", sinks=["json"]), "no sink is called 'json'; did you mean 'jsonl'?"),
     (dict(hooks="none", sinks=["json"]), "no sink is called 'json'"),
     (dict(hooks="norms", sinks=[["csv"]]), "sinks"),
@@ -1078,6 +1132,16 @@ def test_what_is_written_is_described_in_the_tables(straight):
         assert metric["high"] is None or (values <= metric["high"] + slack).all(), metric["name"]
 
 
+def test_the_columns_of_the_experiment_are_declared_where_training_metrics_writes_them(straight):
+    import pyarrow.parquet as pq
+
+    told = json.loads(pq.read_schema(straight["epoch"] / "hooks/training_metrics.parquet").metadata[b"lal.hook"])
+    columns = [metric.declared() for metric in find_experiment("modular").columns]
+    assert [metric["name"] for metric in told["metrics"][:3]] == ["loss", "lr", "perplexity"] and told["metrics"][3:] == columns
+    rows = RunFolder(straight["epoch"]).table("hooks/training_metrics").read()
+    assert [*rows] == ["epoch", "step", *(metric["name"] for metric in told["metrics"])]
+
+
 def test_hooks_and_sinks_raise_no_warning_of_any_kind(tmp_path):
     "A whole run, with a stop and a resume, under `python -W error`."
     script = f"""
@@ -1085,7 +1149,7 @@ import torch
 from pathlib import Path
 from lal.core.config import make_config
 from lal.core.trainer import Trainer
-from lal.hooks.registry import create_hooks
+from lal.hooks.registry import REGISTRY as HOOKS, create_hooks
 for unit in (dict(epochs=6), dict(steps=24)):
     config = make_config(**{BASE}, **unit, name=next(iter(unit)), sinks=["jsonl", "csv"], log_every=2, profile_hooks=True,
         hooks={{"full": {{}}, "hessian": {{"every_n_steps": 4, "burst_length": 3, "displacement": True}}}})

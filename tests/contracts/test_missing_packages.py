@@ -11,13 +11,13 @@ def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", WITHOUT + code], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("module", ["lal.book.pages", "lal.book.notebooks"])
+@pytest.mark.parametrize("module", ["lal.book.readme", "lal.book.execute", "lal.book.claims"])
 def test_the_module_imports(module):
     done = run(f"import {module}")
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("call", ["lal.book.pages.readme('nbs/index.ipynb')", "lal.book.notebooks.execute('nbs/index.ipynb')"])
+@pytest.mark.parametrize("call", ["lal.book.readme.readme('nbs/index.ipynb')", "lal.book.execute.execute('nbs/index.ipynb')"])
 def test_what_needs_nbdev_names_the_extra(call):
-    done = run(f"import lal.book.pages, lal.book.notebooks; {call}")
+    done = run(f"import lal.book.readme, lal.book.execute; {call}")
     assert done.returncode != 0 and "pip install 'lal[dev]'" in done.stderr.splitlines()[-1]

@@ -16,16 +16,9 @@ from lal.core.device import generator, seeded
 from lal.modular.models import BaselineMLP, GrokTransformer
 from lal.modular.task import Task, encode, examples
 from lal.curvature.gauss_newton import FisherOperator, GaussNewtonOperator, JacobianOperator, outputs_function
+from lal.curvature.hessian_operator import FiniteDifferenceOperator, HessianOperator
 from lal.curvature.hvp import gradient, hvp
-from lal.curvature.operators import (
-    FiniteDifferenceOperator,
-    FunctionOperator,
-    HessianOperator,
-    MatrixOperator,
-    ScaledOperator,
-    SumOperator,
-    as_operator,
-)
+from lal.curvature.operators import FunctionOperator, MatrixOperator, ScaledOperator, SumOperator, as_operator
 from lal.curvature.params import flatten, loss_function, params_of, unflatten
 
 F64 = torch.float64
@@ -431,7 +424,7 @@ def test_errors_of_f_are_its_own():
         HessianOperator(broken, POINT)
 
 
-@pytest.mark.parametrize("module", ["operators", "gauss_newton", "lanczos", "traces", "density", "summaries", "edges", "sensitivity"])
+@pytest.mark.parametrize("module", ["operators", "hessian_operator", "gauss_newton", "chain", "lanczos", "traces", "density", "summaries", "edges", "sensitivity"])
 def test_modules_stand_alone(module):
     "Every name a module uses is its own or imported, not its notebook's."
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "F821", f"lal/curvature/{module}.py"], capture_output=True, text=True)

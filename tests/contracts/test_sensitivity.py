@@ -1,19 +1,17 @@
 "Sensitivity to inputs and weights: oracles by dense derivatives and NumPy, and nothing moved, changed or left behind."
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
 from lal.core.device import generator, seeded
 from lal.modular.models import BaselineMLP, GrokTransformer
 from lal.modular.task import Task, encode, examples
 from lal.curvature.hvp import gradient
-from lal.curvature.operators import HessianOperator
+from lal.curvature.hessian_operator import HessianOperator
 from lal.curvature.params import flatten, loss_function, params_of
-from lal.curvature.sensitivity import (example_gradient_norms, example_loss, fisher_trace, gradient_norm, grid_outputs, input_function,
-                                       input_hessian_trace, jacobian_norm, spectral_smoothness, weight_hessian_trace)
+from lal.curvature.sensitivity import (example_gradient_norms, example_loss, fisher_trace, gradient_norm, input_function,
+                                       input_hessian_trace, jacobian_norm, weight_hessian_trace)
 from torch import nn
 from torch.func import grad, jacfwd
 
@@ -114,7 +112,6 @@ def test_results_follow_the_dtype_of_the_model(dtype):
         model = built(Model, dtype=dtype, hidden_dim=8)
         function, point = input_function(model, data(model))
         assert point.dtype == jacobian_norm(function, point).dtype == input_hessian_trace(function, point).dtype == dtype
-        assert grid_outputs(model, TASK).dtype == dtype
         params = params_of(model)
         assert fisher_trace(example_loss(model), params, data(model), EVERY.y).dtype == dtype
         assert gradient_norm(loss_function(model, data(model), EVERY.y), params).dtype == dtype
@@ -204,81 +201,6 @@ def test_training_mode_is_refused(layer):
     assert all(torch.equal(t, kept[k]) for k, t in model.named_buffers())
     input_function(model.eval(), torch.ones(4, 3))
     model.train()
-
-
-# ------------------------------------------------------------------------------------------------ smoothness
-
-
-def by_numpy(outputs, k):
-    p = len(outputs)
-    power = (np.abs(np.fft.fft2(outputs, axes=(0, 1))) ** 2).reshape(p, p, -1).sum(-1)
-    power[0, 0] = 0
-    f = np.abs(np.fft.fftfreq(p) * p).round()
-    return power[np.maximum(f[:, None], f[None]) > k].sum() / power.sum()
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(2, 13), st.integers(1, 3), st.integers(0, 6), st.integers(0, 99), st.floats(-1e3, 1e3), st.floats(1e-3, 1e3))
-def test_smoothness_against_numpy(p, C, k, seed, shift, factor):
-    z, k = randn(p, p, C, seed=seed), min(k, p // 2)
-    found = spectral_smoothness(z, k)
-    assert math.isclose(found, by_numpy(z.numpy(), k), rel_tol=1e-9, abs_tol=1e-12) and 0 <= found <= 1
-    assert math.isclose(spectral_smoothness(factor * z + shift, k), found, rel_tol=1e-6, abs_tol=1e-9)
-    assert math.isclose(spectral_smoothness(z.roll((1, 2), (0, 1)).transpose(0, 1), k), found, rel_tol=1e-9, abs_tol=1e-12)
-    assert spectral_smoothness(z, p // 2) == 0 and spectral_smoothness(z, 0) > 1 - 1e-12
-    assert found <= spectral_smoothness(z, max(0, k - 1)) + 1e-12
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(3, 23), st.data())
-def test_one_wave_is_all_at_its_frequency(p, draw):
-    fa, fb = (draw.draw(st.integers(0, p - 1)) for _ in range(2))
-    if fa == fb == 0:
-        return
-    a, b = torch.meshgrid(torch.arange(p), torch.arange(p), indexing="ij")
-    angle = 2 * math.pi * (fa * a + fb * b) / p
-    wave = torch.stack([angle.cos(), (angle + 1).cos()], -1)
-    at = max(min(fa, p - fa), min(fb, p - fb))
-    assert spectral_smoothness(wave, at) < 1e-6 and spectral_smoothness(wave, at - 1) > 1 - 1e-6
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("value", [0.0, 0.1, -1e6, 1e-30])
-def test_a_constant_has_no_smoothness(dtype, value):
-    z = torch.full((7, 7, 3), value, dtype=dtype)
-    assert math.isnan(spectral_smoothness(z, 1))
-    assert math.isnan(spectral_smoothness(z * (1 + torch.finfo(dtype).eps * randn(7, 7, 3).sign().to(dtype)), 1))
-
-
-@pytest.mark.parametrize("z, k, words", [(torch.ones(3, 4), 1, "[3, 4]"), (torch.ones(3), 1, "[3]"), (torch.ones(3, 3), 2, "0 to 1"),
-                                         (torch.ones(3, 3), -1, "k = -1"), (torch.ones(3, 3), 1.0, "k = 1.0"), (torch.ones(3, 3).long(), 1, "int64"),
-                                         (torch.full((3, 3), torch.nan), 1, "not finite"), ([[1.0]], 0, "not a tensor")])
-def test_bad_grids(z, k, words):
-    with pytest.raises(ValueError) as caught:
-        spectral_smoothness(z, k)
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize("operation", ["add", "subtract", "multiply", "both"])
-def test_grid_is_in_the_order_of_the_operands(operation):
-    task = Task(5, operation)
-    for Model in (BaselineMLP, GrokTransformer):
-        model = built(Model, task, hidden_dim=8)
-        every = examples(task)
-        x = encode(every, model.encoding)
-        with torch.no_grad():
-            direct = model(x.double() if x.is_floating_point() else x)
-        for op in range(task.n_operations):
-            for chunk in (1, 7, 4096):
-                z = grid_outputs(model, task, op, chunk)
-                for i in torch.nonzero(every.op == op).flatten().tolist():
-                    assert torch.allclose(z[every.a[i], every.b[i]], direct[i], rtol=1e-10, atol=1e-13)
-
-
-def test_grids_that_do_not_exist():
-    for task, op, words in ((Task(5, "divide"), 0, "b = 0"), (TASK, 1, "numbered from 0"), (TASK, -1, "numbered from 0")):
-        with pytest.raises(ValueError, match=words):
-            grid_outputs(MODELS["perceptron"], task, op)
 
 
 # --------------------------------------------------------------------------------------------------- weights

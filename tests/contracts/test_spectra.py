@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lal.core.device import generator
-from lal.curvature.lanczos import WHICH, Chain, NotConverged, eigsh, height, steps_to_see
+from lal.curvature.chain import WHICH, Chain, height
+from lal.curvature.lanczos import NotConverged, eigsh, steps_to_see
 from lal.curvature.operators import FunctionOperator, MatrixOperator, Operator
 
 F64 = torch.float64

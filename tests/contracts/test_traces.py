@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lal.core.device import generator, rng_states
 from lal.curvature.density import lanczos_quadrature, log_det, share_interval, spectral_density
-from lal.curvature.operators import FiniteDifferenceOperator, FunctionOperator, HessianOperator, MatrixOperator
+from lal.curvature.hessian_operator import FiniteDifferenceOperator, HessianOperator
+from lal.curvature.operators import FunctionOperator, MatrixOperator
 from lal.curvature.traces import METHODS, Estimate, diagonal_estimate, frobenius, trace
 
 F64, SURE = torch.float64, 1 - 1e-5  # an interval this wide fails for a reason

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lal.book.imports import Package, against_the_arrows
+
 from conftest import ROOT, copy_checkout, python
 
 SHIPPED = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("lal/configs/*.yaml")}
@@ -53,8 +55,13 @@ def test_wheel_holds_the_shipped_configs(installed):
     assert found == SHIPPED, f"shipped configs in the wheel {sorted(found)}, in the checkout {sorted(SHIPPED)}"
 
 
-def test_wheel_holds_every_module_and_all_import(installed, tmp_path):
-    names = {name for name in modules(ROOT) if name.endswith(".py")}
+def test_imports_follow_the_arrows():
+    against = against_the_arrows(Package(ROOT))
+    assert not against, "imports against the arrows of nbs/book/05_imports.ipynb:\n" + "\n".join(against)
+
+
+def test_wheel_holds_every_module_but_the_books_own_and_all_import(installed, tmp_path):
+    names = {name for name in modules(ROOT) if name.endswith(".py") and not name.startswith("lal/book/")}
     assert names == {path.relative_to(installed).as_posix() for path in (installed / "lal").rglob("*.py")}
     dotted = [name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in sorted(names)]
     code = f"import importlib, lal\nassert lal.__file__.startswith({str(installed)!r}), lal.__file__\nfor name in {dotted}: importlib.import_module(name)"

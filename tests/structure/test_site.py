@@ -2,16 +2,17 @@
 import os
 
 import yaml
-from lal.app import notebooks as check
-from lal.app import pages
+from lal.book import preview, readme
+from lal.book.cells import notebooks
+from lal.book.testing import sidebar_problems
 
 from conftest import ROOT
 
 
 def test_sidebar_lists_every_page_once():
     contents = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
-    names = [path.relative_to(ROOT / "nbs").as_posix() for path in check.notebooks(ROOT)]
-    problems = check.sidebar_problems(contents, names)
+    names = [path.relative_to(ROOT / "nbs").as_posix() for path in notebooks(ROOT)]
+    problems = sidebar_problems(contents, names)
     assert not problems, "\n".join(problems)
 
 
@@ -21,13 +22,13 @@ def test_quarto_reads_the_same_sidebar():
 
 
 def test_every_notebook_has_its_page(site):
-    expected = {pages.page_name(path.relative_to(ROOT / "nbs").as_posix()) for path in check.notebooks(ROOT)}
+    expected = {preview.page_name(path.relative_to(ROOT / "nbs").as_posix()) for path in notebooks(ROOT)}
     built = {path.relative_to(site).as_posix() for path in site.rglob("*.html")} - {p.relative_to(site).as_posix() for p in (site / "source").rglob("*")}
     assert built == expected, f"pages without a notebook: {sorted(built - expected)}; notebooks without a page: {sorted(expected - built)}"
 
 
 def test_no_link_leads_nowhere(site):
-    dead = pages.dead_links(site)
+    dead = preview.dead_links(site)
     assert not dead, "dead links, as page: address\n" + "\n".join(dead)
 
 
@@ -42,7 +43,7 @@ def test_figures_share_one_plotly(site):
 
 
 def test_readme_follows_the_front_page():
-    text, pictures = pages.readme(ROOT / "nbs" / "index.ipynb")
+    text, pictures = readme.readme(ROOT / "nbs" / "index.ipynb")
     assert (ROOT / "README.md").read_text() == text, "README.md is not what nbs/index.ipynb says: run `make readme`"
     missing = [name for name in pictures if not (ROOT / name).is_file()]
     assert not missing, f"pictures of the README are missing: {missing}; run `make readme` where Chromium is"
