@@ -20,7 +20,7 @@ def part_and_quantity(column: str) -> tuple[str, str]:
     part, _, quantity = column.partition("_")
     return (part, quantity) if part in ("train", "test") and quantity else ("", column)
 
-
+# %% ../../nbs/analysis/02_curves.ipynb #b75122e7
 def quantity_of(column: str) -> str:
     "The quantity alone: `loss` for `train_loss`."
     return part_and_quantity(column)[1]
@@ -55,14 +55,14 @@ def quantity_words(columns: list[dict]) -> str:
         shared.pop()
     return " ".join(shared) if 0 < len(shared) <= 4 else named
 
-
+# %% ../../nbs/analysis/02_curves.ipynb #b73eddd6
 def axis_words(run, column: str) -> str:
     "What the axis of a run's column is called: `accuracy` for `test_acc`."
     quantity, columns = quantity_of(column), columns_of(run).items()
     same = [declared for name, declared in columns if quantity_of(name) == quantity]
     return quantity_words(same) if same else quantity.replace("_", " ")
 
-
+# %% ../../nbs/analysis/02_curves.ipynb #b517aea9
 def column_words(run, column: str) -> str:
     "A column in words: `training accuracy` for `train_acc`."
     part, words = part_and_quantity(column)[0], axis_words(run, column)
@@ -74,7 +74,7 @@ def is_share(column: dict) -> bool:
     "Whether a column is declared to lie between 0 and 1."
     return (column.get("low"), column.get("high")) == (0, 1)
 
-
+# %% ../../nbs/analysis/02_curves.ipynb #b7777930
 def value_words(value: float | None, column: dict) -> str:
     "A value as a reader expects it: `98.6%` for a share, three digits otherwise; nothing for a missing one."
     if value is None or np.isnan(value):
@@ -86,7 +86,7 @@ def milestones_of(run) -> list[Milestone]:
     "The milestones that a run declares, in order."
     return [Milestone(**m) for m in run.declaration_of_history.get("milestones", [])]
 
-
+# %% ../../nbs/analysis/02_curves.ipynb #b5277463
 def reached(run, unit: str = "epoch") -> dict[str, int | None]:
     "When a run reached each of its milestones, in epochs or steps; `None` for those it has not reached."
     milestones, summary = milestones_of(run), getattr(run, "summary", {})
@@ -176,7 +176,7 @@ def panels_of(runs) -> dict[str, dict[str, dict]]:
             panels.setdefault(axis_words(run, name), {}).setdefault(name, column)
     return {words: columns for words, columns in panels.items() if columns}
 
-
+# %% ../../nbs/analysis/02_curves.ipynb #bc1f04a8
 def column_colors(panels: dict[str, dict]) -> dict[str, str]:
     "A colour for each column: blue for train, orange for test, that of its name, or one of the rest."
     colors, rest = (
@@ -242,23 +242,24 @@ def _curve(run, column: dict, unit: str, log_epochs: bool, color: str) -> go.Sca
 
 
 def _axis(fig: go.Figure, row: int, columns: dict) -> dict:
-    "Percent for shares, a logarithm for positive values that span a decade, plain for the rest."
+    "Percent for shares, a logarithm for values above 0 that span a decade, plain for the rest."
     if all(map(is_share, columns.values())):
         return dict(tickformat=".0%", range=[-0.02, 1.08])
     values = np.concatenate([t.y for t in fig.select_traces(row=row, col=1)])
     values = values[np.isfinite(values)]
-    if len(values) and values.min() > 0 and values.max() >= 10 * values.min():
-        return log_axis(values)
-    return {}
+    above = values[values > 0]  # a loss of exactly 0 has no place on the axis
+    mostly = len(above) > len(values) / 2 and values.min() >= 0
+    return log_axis(above) if mostly and above.max() >= 10 * above.min() else {}
 
 
 def _legend_once(fig: go.Figure) -> None:
-    "One entry for each name, and none at all where there is only one."
-    seen = set()
-    for trace in fig.data:
-        trace.showlegend = trace.mode == "lines" and trace.name not in seen
-        seen.add(trace.name)
-    fig.update_layout(showlegend=len(seen) > 1)
+    "One entry for train and one for test; other columns are named by their axes."
+    entries = {}
+    for trace in (t for t in fig.data if t.mode == "lines"):
+        entries.setdefault(trace.name, trace)
+    fig.update_traces(showlegend=False)
+    for part in {"train", "test"} & set(entries):
+        entries[part].showlegend = True
 
 # %% ../../nbs/analysis/02_curves.ipynb #c0a1e225
 def _mark_levels(fig: go.Figure, row: int, words: str, runs, colors: dict) -> None:

@@ -52,7 +52,7 @@ def stages(run, rows: pd.DataFrame, unit: str) -> list[str]:
             passed[rows[unit].to_numpy() >= when[m.name]] = m.said
     return passed.tolist()
 
-
+# %% ../../nbs/analysis/03_entanglement.ipynb #bba1e13b
 def entanglement_finding(runs) -> str:
     "By how much a step changes the next gradient, in each stage measured, in one sentence. Raises `ValueError`."
     unit, measured = counted(runs), _measured(runs)

@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 import pandas as pd
 import plotly.io as pio
-import yaml
 from ..core.errors import RunError
 from ..core.files import write_whole
+from ..core.keys import write_yaml
 from lal.analysis.curves import (
     column_words,
     columns_of,
@@ -92,7 +92,7 @@ def reading(runs: list[Run]) -> str:
         )
     return " ".join(words)
 
-
+# %% ../../nbs/analysis/06_report.ipynb #bf52fda9
 def meanings(runs: list[Run]) -> str:
     "What each column of these runs is, as declared."
     said = {
@@ -107,7 +107,7 @@ def meanings(runs: list[Run]) -> str:
     ]
     return ". ".join(word[0].upper() + word[1:] for word in words) + "." * bool(words)
 
-
+# %% ../../nbs/analysis/06_report.ipynb #b02f086e
 def definitions(runs: list[Run]) -> str:
     "What each milestone of these runs means."
     said = {}
@@ -143,7 +143,7 @@ def _values(runs: list[Run], key: str) -> str:
     short = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
     return " / ".join(dict.fromkeys(short))
 
-
+# %% ../../nbs/analysis/06_report.ipynb #bf4d07d9
 def shared_config(runs: list[Run]) -> str:
     "The configuration that these runs share as YAML, and the names of the keys in which they differ."
     configs = [run.config for run in runs]
@@ -151,7 +151,7 @@ def shared_config(runs: list[Run]) -> str:
     keys = [k for k in dict.fromkeys(k for c in configs for k in c) if k not in own]
     differ = [k for k in keys if any(c.get(k) != configs[0].get(k) for c in configs)]
     shared = {k: configs[0].get(k) for k in keys if k not in differ}
-    text = yaml.safe_dump(shared, sort_keys=False, allow_unicode=True)
+    text = write_yaml(shared)
     return text + (f"# different: {', '.join(differ)}\n" if differ else "")
 
 # %% ../../nbs/analysis/06_report.ipynb #1b0186b2

@@ -17,6 +17,7 @@ import yaml
 from ..core.errors import RunError, nearest
 from ..core.device import environment, ran_on
 from ..core.files import load_checkpoint, write_json, write_whole
+from ..core.keys import write_yaml
 from ..core.run import RunFolder, checkpoints
 from ..core.tables import Table, all_parts, read_table, table_metadata
 from lal.analysis.curves import (
@@ -220,13 +221,11 @@ def read_into(run: Run) -> None:
     for file, (part, keys) in needs.items():
         if missing := [key for key in keys if key not in part]:
             raise KeyError(f"{file} has no {missing[0]}")
-    about = section_words(values)
-    made_up = undeclared(run.history, run.summary, about)
-    run.declaration_of_history = made_up | table_declaration(
-        run.path / "history.parquet"
-    )
+    declared = table_declaration(run.path / "history.parquet")
+    words = section_words(values)
+    run.declaration_of_history = declared or undeclared(run.history, run.summary, words)
 
-
+# %% ../../nbs/analysis/04_runs.ipynb #b3576867
 def flat_config(values: dict) -> dict:
     "A configuration's mapping with the keys of its section moved to the top."
     if not isinstance(values, dict):
@@ -234,7 +233,7 @@ def flat_config(values: dict) -> dict:
     section = values.get(values.get("experiment")) or {}
     return {k: v for k, v in values.items() if k != values.get("experiment")} | section
 
-
+# %% ../../nbs/analysis/04_runs.ipynb #b7b56db8
 def section_words(values: dict, most: int = 6) -> str:
     "The experiment and the first keys of its section: `modular, p 23, operation add`."
     name = values.get("experiment")
@@ -254,7 +253,7 @@ def progress(run: Run) -> str:
     ]
     return ", ".join(said) or _headline_words(run)
 
-
+# %% ../../nbs/analysis/04_runs.ipynb #b8367cd6
 def card(run: Run) -> str:
     "A run as a small HTML table."
     e = run.environment
@@ -293,7 +292,7 @@ def hook_names(folder: Path) -> list[str]:
     tables = {f.with_suffix(".parquet") for f in folder.glob("hooks/[!.]*.par*")}
     return sorted(t.stem for t in tables if t.exists() or all_parts(t))
 
-
+# %% ../../nbs/analysis/04_runs.ipynb #b20668eb
 def read_hook(run: Run, name: str, read):
     "What `read` makes of the table of one hook. Raises `RunError`."
     if name not in (there := run.hooks):
@@ -321,7 +320,7 @@ def write_run(
     **summary,  # more for `summary.json`, for instance `seconds`
 ) -> Run:
     "Write a run folder from a table; made for logs that another program wrote."
-    path, text = Path(path), yaml.safe_dump(config, sort_keys=False)
+    path, text = Path(path), write_yaml(config)
     path.mkdir(parents=True)
     write_whole(path / "config.yaml", lambda draft: draft.write_text(text, "utf-8"))
     write_json(path / "environment.json", environment())

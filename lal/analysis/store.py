@@ -50,7 +50,7 @@ def dates(*files: Path) -> tuple:
     "When each file was changed last, 0 for those that don't exist."
     return tuple(f.stat().st_mtime_ns if f.exists() else 0 for f in files)
 
-
+# %% ../../nbs/analysis/05_store.ipynb #b7510b46
 class RunRows:
     "The rows of `runs` below a folder; a run that has not changed is not read again."
 
@@ -124,7 +124,7 @@ class Declarations:
         rows = pd.concat(parts).rename(columns={"name": "metric"}).drop_duplicates()
         return rows[["hook", "metric", "formula", "low", "high", "meaning"]]
 
-
+# %% ../../nbs/analysis/05_store.ipynb #b918a820
 def declared_text(view: str, table: Path) -> str:
     "The list of declared columns of a table as JSON text; a damaged table is named on stderr."
     of_run = view == "history"

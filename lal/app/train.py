@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ConfigName', 'ConfigFile', 'Changes', 'HookNames', 'HookOptions', 'Profile', 'Name', 'Root', 'Resume', 'ExtraEpochs',
-           'ExtraSteps', 'Overwrite', 'Quiet', 'as_changes', 'hook_change', 'given_keys', 'check_usage', 'check_place',
-           'check_machine', 'train', 'train_all', 'carry_out', 'announcement', 'outcome', 'resume_command',
-           'hooks_reported', 'print_profile']
+           'ExtraSteps', 'Overwrite', 'Quiet', 'as_changes', 'hook_change', 'given_keys', 'announcement', 'outcome',
+           'resume_command', 'hooks_reported', 'print_profile', 'carry_out', 'check_usage', 'check_place',
+           'check_machine', 'train', 'train_all']
 
 # %% ../../nbs/app/03_train.ipynb #c73d1d66
 import json, math, shlex, sys, time
@@ -61,175 +61,6 @@ def given_keys(changes: tuple[str, ...], experiment: str = "modular") -> set[str
     names = {parse_set(text)[0] for text in changes}
     of_hooks = {name for name in names if name.split(".")[0] == "hooks"}
     return (changed_keys(changes, experiment) - {"hooks"}) | of_hooks
-
-# %% ../../nbs/app/03_train.ipynb #f35fb42b
-ConfigName = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="CONFIG",
-        help="A shipped name (see `lal configs`) or the path of a YAML file.",
-    ),
-]
-ConfigFile = Annotated[
-    str | None,
-    typer.Option("--config", metavar="FILE", help="The same, as an option."),
-]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change one key; may be given many times."
-    ),
-]
-HookNames = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SET|NAMES",
-        help="What to measure on the way: none, minimal, observers, interventions, full, or names separated by commas (see `lal hooks`).",
-    ),
-]
-HookOptions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--hook",
-        metavar="NAME.OPTION=VALUE",
-        help="Change one option of a hook and switch it on (see `lal hooks describe NAME`); may be given many times.",
-    ),
-]
-Profile = Annotated[
-    bool, typer.Option("--profile", help="Measure what each hook costs.")
-]
-
-# %% ../../nbs/app/03_train.ipynb #a10822c3
-Name = Annotated[str | None, typer.Option(help="Name of the run and its folder.")]
-Root = Annotated[Path, typer.Option(help="Where run folders live.")]
-Resume = Annotated[
-    bool,
-    typer.Option("--resume", help="Continue a stopped run from its newest checkpoint."),
-]
-ExtraEpochs = Annotated[
-    int,
-    typer.Option(min=0, metavar="N", help="Train a finished run for N epochs more."),
-]
-ExtraSteps = Annotated[
-    int,
-    typer.Option(min=0, metavar="N", help="The same for a run that counts steps."),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace runs of the same name.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No bar, no log lines.")]
-
-# %% ../../nbs/app/03_train.ipynb #4ebc41c5
-def check_usage(config, config_file, resume, extra: dict, overwrite) -> None:
-    "`ConfigError` when these options don't go together."
-    if (config is None) == (config_file is None):
-        example = "`lal train quickstart`, or `lal train --config my.yaml`"
-        reason = f"name one configuration: {example} (`lal configs` lists what ships)"
-        raise ConfigError(reason)
-    if overwrite and (resume or any(extra.values())):
-        reason = "--overwrite starts anew and --resume continues; give one of them"
-        raise ConfigError(reason)
-    if all(extra.values()):
-        raise ConfigError("a run counts epochs or steps; give one of the two")
-
-# %% ../../nbs/app/03_train.ipynb #149f4792
-def check_place(root: Path, config: Config) -> None:
-    "`ConfigError` when runs or their page can't be written below `root`."
-    above = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
-    check_folder(above)
-    if above == root.absolute():
-        check_page(root / f"{config.name}.html")
-
-# %% ../../nbs/app/03_train.ipynb #5bda79bf
-def check_machine(config: Config, source: str, new: bool) -> None:
-    "`ConfigError` when the device is not here or, for a new run, the hooks are wrong."
-    from lal.core.trainer import available
-    from lal.hooks.registry import create_hooks
-
-    available(config, source)
-    try:
-        hooks = create_hooks(config) if new else None
-    except ConfigError as error:
-        raise ConfigError(str(error), source=source) from None
-    if new and config.profile_hooks and hooks is None:
-        reason = "--profile measures hooks, and none is on: add --hooks minimal"
-        raise ConfigError(reason)
-
-# %% ../../nbs/app/03_train.ipynb #336cd261
-def train(
-    config: ConfigName = None,
-    config_file: ConfigFile = None,
-    changes: Changes = None,
-    hooks: HookNames = None,
-    options: HookOptions = None,
-    profile: Profile = False,
-    name: Name = None,
-    root: Root = Path("runs"),
-    resume: Resume = False,
-    extra_epochs: ExtraEpochs = 0,
-    extra_steps: ExtraSteps = 0,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-):
-    "Train a configuration, and write run folders and a page that shows what happened."
-    with exit_codes():
-        extra = {"epoch": extra_epochs, "step": extra_steps}
-        check_usage(config, config_file, resume, extra, overwrite)
-        texts = as_changes(tuple(changes or ()), hooks, tuple(options or ()), profile)
-        more = {} if name is None else {"name": name}
-        whole = load_config(config or config_file, texts, **more)
-        check_place(root, whole)
-        going_on = resume or any(extra.values())
-        check_machine(whole, str(find_config(config or config_file)), not going_on)
-        given, progress = given_keys(texts, whole.experiment), False if quiet else None
-        train_all(whole, root, going_on, given, overwrite, extra, progress)
-
-# %% ../../nbs/app/03_train.ipynb #fbcc891a
-def train_all(
-    whole: Config,  # may stand for several seeds
-    root: Path,
-    going_on: bool,
-    given: set[str],  # keys that the user set
-    overwrite: bool,
-    extra: dict,  # `{"epoch": n, "step": m}`
-    progress: bool | None = None,
-) -> None:
-    "Train every run of the plan, and write the page of all."
-    from lal.analysis.report import write_report
-    from lal.analysis.runs import load_run
-    from lal.scale.plan import SKIP, check_reference, plan
-
-    plans = plan(whole, root, going_on, given, overwrite, extra)
-    todo = [(p, p.trainer(root, progress)) for p in plans if p.action != SKIP]
-    for _, trainer in todo[:1]:
-        check_reference(trainer)
-    for planned in plans:
-        if planned.action == SKIP:
-            c = planned.config
-            say(f"{c.name}: finished already (--extra-{c.unit}s N goes on)")
-    for planned, trainer in todo:
-        carry_out(planned, trainer, sys.argv[1:])
-    runs = [load_run(root / c.name) for c in one_per_seed(whole)]
-    say("\n" + open_line(write_report(runs, root / f"{whole.name}.html")))
-
-# %% ../../nbs/app/03_train.ipynb #860567ae
-def carry_out(planned, trainer, words: list[str]) -> None:
-    "Train one run and print how it went; exits with 130 when interrupted."
-    from lal.analysis.runs import load_run
-
-    name, path = planned.config.name, trainer.root / planned.config.name
-    tell(announcement(trainer))
-    try:
-        with warnings_in_a_line(), hooks_reported(trainer):
-            planned.fit(trainer)
-    except KeyboardInterrupt as stop:
-        kept = any(path.glob("checkpoints/*.pt"))
-        state = str(stop) if kept else "it has no checkpoint and will begin anew"
-        said = f" ({state})" if state else ""
-        command = resume_command(words, trainer.config.until)
-        tell(f"lal: {name} was interrupted{said}. Continue with:  {command}")
-        raise typer.Exit(130) from None
-    say(outcome(load_run(path)))
 
 # %% ../../nbs/app/03_train.ipynb #91e0af60
 def announcement(trainer) -> str:
@@ -307,3 +138,173 @@ def print_profile(profile, seconds: float) -> None:
     if rows:
         names = ("hook", "point", "firings", "ms (median)", "seconds", "of the run")
         out.print(table(names, rows, right=names[2:]))
+
+# %% ../../nbs/app/03_train.ipynb #860567ae
+def carry_out(planned, trainer, words: list[str]) -> None:
+    "Train one run and print how it went; exits with 130 when interrupted."
+    from lal.analysis.runs import load_run
+
+    name, path = planned.config.name, trainer.root / planned.config.name
+    tell(announcement(trainer))
+    try:
+        with warnings_in_a_line(), hooks_reported(trainer):
+            planned.fit(trainer)
+    except KeyboardInterrupt as stop:
+        kept = any(path.glob("checkpoints/*.pt"))
+        state = str(stop) if kept else "it has no checkpoint and will begin anew"
+        said = f" ({state})" if state else ""
+        command = resume_command(words, trainer.config.until)
+        tell(f"lal: {name} was interrupted{said}. Continue with:  {command}")
+        raise typer.Exit(130) from None
+    say(outcome(load_run(path)))
+
+# %% ../../nbs/app/03_train.ipynb #4ebc41c5
+def check_usage(config, config_file, resume, extra: dict, overwrite) -> None:
+    "`ConfigError` when these options don't go together."
+    if (config is None) == (config_file is None):
+        example = "`lal train quickstart`, or `lal train --config my.yaml`"
+        reason = f"name one configuration: {example} (`lal configs` lists what ships)"
+        raise ConfigError(reason)
+    if overwrite and (resume or any(extra.values())):
+        reason = "--overwrite starts anew and --resume continues; give one of them"
+        raise ConfigError(reason)
+    if all(extra.values()):
+        raise ConfigError("a run counts epochs or steps; give one of the two")
+
+# %% ../../nbs/app/03_train.ipynb #149f4792
+def check_place(root: Path, config: Config) -> None:
+    "`ConfigError` when runs or their page can't be written below `root`."
+    above = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
+    check_folder(above)
+    if above == root.absolute():
+        check_page(root / f"{config.name}.html")
+
+# %% ../../nbs/app/03_train.ipynb #5bda79bf
+def check_machine(config: Config, source: str, new: bool) -> None:
+    "`ConfigError` when the device is not here or, for a new run, the hooks are wrong."
+    from lal.core.trainer import available
+    from lal.hooks.registry import create_hooks
+
+    available(config, source)
+    try:
+        hooks = create_hooks(config) if new else None
+    except ConfigError as error:
+        raise ConfigError(str(error), source=source) from None
+    if new and config.profile_hooks and hooks is None:
+        reason = "--profile measures hooks, and none is on: add --hooks minimal"
+        raise ConfigError(reason)
+
+# %% ../../nbs/app/03_train.ipynb #f35fb42b
+ConfigName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A shipped name (see `lal configs`) or the path of a YAML file.",
+    ),
+]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option("--config", metavar="FILE", help="The same, as an option."),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one key; may be given many times."
+    ),
+]
+HookNames = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SET|NAMES",
+        help="What to measure on the way: none, minimal, observers, interventions, full, or names separated by commas (see `lal hooks`).",
+    ),
+]
+HookOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--hook",
+        metavar="NAME.OPTION=VALUE",
+        help="Change one option of a hook and switch it on (see `lal hooks describe NAME`); may be given many times.",
+    ),
+]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="Measure what each hook costs.")
+]
+
+# %% ../../nbs/app/03_train.ipynb #a10822c3
+Name = Annotated[str | None, typer.Option(help="Name of the run and its folder.")]
+Root = Annotated[Path, typer.Option(help="Where run folders live.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue a stopped run from its newest checkpoint."),
+]
+ExtraEpochs = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", help="Train a finished run for N epochs more."),
+]
+ExtraSteps = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", help="The same for a run that counts steps."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace runs of the same name.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No bar, no log lines.")]
+
+# %% ../../nbs/app/03_train.ipynb #336cd261
+def train(
+    config: ConfigName = None,
+    config_file: ConfigFile = None,
+    changes: Changes = None,
+    hooks: HookNames = None,
+    options: HookOptions = None,
+    profile: Profile = False,
+    name: Name = None,
+    root: Root = Path("runs"),
+    resume: Resume = False,
+    extra_epochs: ExtraEpochs = 0,
+    extra_steps: ExtraSteps = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+):
+    "Train a configuration, and write run folders and a page that shows what happened."
+    with exit_codes():
+        extra = {"epoch": extra_epochs, "step": extra_steps}
+        check_usage(config, config_file, resume, extra, overwrite)
+        texts = as_changes(tuple(changes or ()), hooks, tuple(options or ()), profile)
+        more = {} if name is None else {"name": name}
+        whole = load_config(config or config_file, texts, **more)
+        check_place(root, whole)
+        going_on = resume or any(extra.values())
+        source = f"{find_config(config or config_file)}{' with --set' if texts else ''}"
+        check_machine(whole, source, not going_on)
+        given, progress = given_keys(texts, whole.experiment), False if quiet else None
+        train_all(whole, root, going_on, given, overwrite, extra, progress)
+
+# %% ../../nbs/app/03_train.ipynb #fbcc891a
+def train_all(
+    whole: Config,  # may stand for several seeds
+    root: Path,
+    going_on: bool,
+    given: set[str],  # keys that the user set
+    overwrite: bool,
+    extra: dict,  # `{"epoch": n, "step": m}`
+    progress: bool | None = None,
+) -> None:
+    "Train every run of the plan, and write the page of all."
+    from lal.analysis.report import write_report
+    from lal.analysis.runs import load_run
+    from lal.scale.plan import SKIP, check_reference, plan
+
+    plans = plan(whole, root, going_on, given, overwrite, extra)
+    todo = [(p, p.trainer(root, progress)) for p in plans if p.action != SKIP]
+    for _, trainer in todo[:1]:
+        check_reference(trainer)
+    for planned in plans:
+        if planned.action == SKIP:
+            c = planned.config
+            say(f"{c.name}: finished already (--extra-{c.unit}s N goes on)")
+    for planned, trainer in todo:
+        carry_out(planned, trainer, sys.argv[1:])
+    runs = [load_run(root / c.name) for c in one_per_seed(whole)]
+    say("\n" + open_line(write_report(runs, root / f"{whole.name}.html")))

@@ -16,7 +16,7 @@ from .figures import require
 # %% auto #0
 __all__ = ['RAW', 'notebooks', 'directives', 'is_run', 'is_tested', 'parsed', 'only_imports', 'SourceOnce', 'without_signature',
            'folded_imports', 'cell_options', 'fenced', 'output_markdown', 'cell_markdown', 'notebook_markdown',
-           'raw_html']
+           'written_text', 'raw_html']
 
 # %% ../../nbs/book/02_cells.ipynb #07892fe0
 def notebooks(root: Path) -> list[Path]:
@@ -192,6 +192,17 @@ def notebook_markdown(nb: dict) -> str:
         "\n\n".join(text for cell in nb["cells"] if (text := cell_markdown(cell)))
         + "\n"
     )
+
+# %% ../../nbs/book/02_cells.ipynb #0660290a
+def written_text(cell: dict) -> None:
+    "nbdev processor: a cell that is one call of `Markdown(…)` shows its text alone."
+    tree = parsed(cell["source"]) if cell["cell_type"] == "code" else None
+    if tree is None or len(tree.body) != 1:
+        return
+    call = getattr(tree.body[0], "value", None)
+    if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Markdown":
+        if "echo" not in cell_options(cell["source"])[0]:
+            cell["source"] = "#| echo: false\n" + cell["source"]
 
 # %% ../../nbs/book/02_cells.ipynb #16e6e7ec
 def raw_html(cell: dict) -> None:

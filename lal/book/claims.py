@@ -5,8 +5,10 @@
 # %% ../../nbs/book/11_claims.ipynb #0d5b2ab3
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -17,14 +19,13 @@ from pathlib import Path
 
 import torch
 
-from .anatomy import trains
-from .cells import is_tested, notebooks
+from .cells import is_tested, notebooks, parsed
 from .execute import CellFailed, execute, in_process, side_by_side
 from .figures import require
 
 # %% auto #0
-__all__ = ['VARIATIONS', 'PLAIN', 'in_force', 'settings', 'why_not', 'Result', 'first_line', 'check_page', 'check', 'pages_that',
-           'table', 'usable', 'main']
+__all__ = ['VARIATIONS', 'PLAIN', 'in_force', 'settings', 'why_not', 'Result', 'first_line', 'check_page', 'check', 'is_training',
+           'pages_that', 'table', 'usable', 'main']
 
 # %% ../../nbs/book/11_claims.ipynb #24f60383
 VARIATIONS = {
@@ -62,7 +63,8 @@ def in_force(variation: str) -> dict[str, str]:
     )
     lines = [line.split(" ", 1) for line in done.stdout.splitlines() if " " in line]
     found = {key: text for key, text in reversed(lines)}
-    mkl = found.get("MKL_VERBOSE", "no MKL").partition("architecture ")[2]
+    mkl = found.get("MKL_VERBOSE", "").partition("architecture ")[2]
+    mkl = re.split(r" with | enabled|, Lnx", mkl)[0] or "no MKL"
     return {"capability": found["CPU"], "threads": found["THREADS"], "mkl": mkl}
 
 # %% ../../nbs/book/11_claims.ipynb #d1d4ffb7
@@ -130,6 +132,17 @@ def check(page: Path, variation: str) -> Result:
     found = json.loads(lines[-1].removeprefix("RESULT ")) if lines else died
     return Result(str(page), variation, seconds, **found)
 
+# %% ../../nbs/book/11_claims.ipynb #f097c7e7
+def is_training(cell: dict) -> bool:
+    "Does this cell, when tests run it, train something?"
+    tree = parsed(cell["source"]) if is_tested(cell) else None
+    calls = [n.func for n in ast.walk(tree) if isinstance(n, ast.Call)] if tree else []
+    return any(
+        getattr(f, "attr", "") in ("fit", "step")
+        or getattr(f, "id", "").startswith("train")
+        for f in calls
+    )
+
 # %% ../../nbs/book/11_claims.ipynb #02b4ed98
 def pages_that(words: list[str], root: Path) -> list[Path]:
     "The notebooks that a pattern among `words` fits, or that train; all when there is no word."
@@ -138,8 +151,7 @@ def pages_that(words: list[str], root: Path) -> list[Path]:
         name = path.relative_to(root).as_posix()
         fits = any(fnmatch(name, word) or fnmatch(name, f"*/{word}") for word in words)
         if not fits and "training" in words:
-            cells = read_nb(path)["cells"]
-            fits = any(trains(cell) and is_tested(cell) for cell in cells)
+            fits = any(map(is_training, read_nb(path)["cells"]))
         if fits or not words:
             found.append(path.relative_to(root))
     return found
@@ -180,7 +192,7 @@ def usable(names: list[str]) -> list[str]:
     for name in names:
         here = native if name == "native" else in_force(name)
         reason = why_not(name, here, native)
-        force = f"{here['capability']}, {here['threads']} thread(s), {here['mkl']}"
+        force = f"{here['capability']}, threads: {here['threads']}, MKL: {here['mkl']}"
         print(f"{name}: {'left out, ' + reason if reason else force}", flush=True)
         found += [] if reason else [name]
     return found

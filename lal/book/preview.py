@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from html.parser import HTMLParser
@@ -230,31 +231,37 @@ def copy_assets(processed: Path, nbs: Path, site: Path) -> None:
     shutil.copytree(processed, site, ignore=keep_out)
     shutil.copyfile(nbs / "_preview.css", site / "preview.css")
 
-# %% ../../nbs/book/03_preview.ipynb #bb293841
-def build_preview(root: Path, site: Path) -> list[Path]:
+# %% ../../nbs/book/03_preview.ipynb #b999cefd
+def build_preview(root: Path, site: Path, workers: int = 2) -> list[Path]:
     "Every page of the checkout `root`, rendered by pandoc into `site`; returns the pages."
     root, site = Path(root), Path(site)
     processed = process_notebooks(root)
     book = read_book(root, processed, site)
     shutil.rmtree(site, ignore_errors=True)
     copy_assets(processed, book.nbs, site)
-    pages = []
-    for name, nb in book.notebooks.items():
+
+    def page(name):
         meta = {
-            k: v for k, v in front_matter(nb).items() if k in ("title", "description")
+            key: text
+            for key, text in front_matter(book.notebooks[name]).items()
+            if key in ("title", "description")
         }
-        markdown = f"---\n{yaml.safe_dump(meta, allow_unicode=True)}---\n\n{notebook_markdown(nb)}"
-        pages.append(
-            book.write(
-                page_name(name), markdown, name, book.titles[name], f"nbs/{name}"
-            )
+        head = f"---\n{yaml.safe_dump(meta, allow_unicode=True)}---\n\n"
+        markdown = head + notebook_markdown(book.notebooks[name])
+        return book.write(
+            page_name(name), markdown, name, book.titles[name], f"nbs/{name}"
         )
-    for module in sorted((root / "lal").rglob("*.py")):
+
+    def listing(module):
         name = module.relative_to(root).as_posix()
         code = fenced(module.read_text(), " {#L .python .numberLines .lineAnchors}")
-        book.write(
-            f"source/{name}.html", f"---\ntitle: {name}\n---\n\n{code}", "", name, name
-        )
+        markdown = f"---\ntitle: {name}\n---\n\n{code}"
+        return book.write(f"source/{name}.html", markdown, "", name, name)
+
+    with ThreadPoolExecutor(workers) as pool:
+        listings = pool.map(listing, sorted((root / "lal").rglob("*.py")))
+        pages = list(pool.map(page, book.notebooks))
+        list(listings)
     return pages
 
 # %% ../../nbs/book/03_preview.ipynb #fd327de5

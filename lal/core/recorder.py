@@ -61,7 +61,7 @@ def log_line(row: dict, experiment: Experiment, unit: str = "epoch") -> str:
     "One log point as a line of text."
     by_name = {metric.name: metric for metric in experiment.columns}
     head = experiment.headline
-    first = f"{head} {format_value(by_name[head], row[head]):>6s}"
+    first = f"{head} {format_value(by_name[head], row[head]):>8s}"
     rest = [n for n in by_name if n in row and n != head]
     measured = ", ".join(f"{n} {format_value(by_name[n], row[n])}" for n in rest)
     measured += f"{', ' if rest else ''}wnorm {row['total_weight_norm']:.1f}"

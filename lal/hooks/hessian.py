@@ -45,7 +45,7 @@ METRICS = (
     Metric("relative_change", r"\|\text{obs} - g_B\| / \|g_B\|", (0, None), "by how much of its length the step that was really made changed B's gradient (before clipping), for every optimizer"),
     Metric("content_kept", r"\langle \text{obs}, g_B \rangle / \|g_B\|^2", (None, None), "what is left of B's own gradient after that step. 1: all of it. 0: none. Negative: it points back"),
     Metric("change_cossim", r"\cos(\text{obs} - g_B,\; -H_B g_A)", (-1, 1), "1: the real change is along the entanglement, as plain SGD has it"),
-    Metric("batch_cossim", r"\cos(g_A,\; g_B)", (-1, 1), "do the two batches ask for the same?"),
+    Metric("batch_cossim", r"\cos(g_A,\; g_B)", (-1, 1), "do the two batches' gradients agree?"),
     Metric("entanglement_content_cossim", r"\cos(H_B g_A,\; g_B)", (-1, 1), "positive: a small step along −g_A shrinks B's gradient. Negative: it makes it longer"),
     Metric("rayleigh_quotient", r"g_A^\top H_B\, g_A / \|g_A\|^2", (None, None), "curvature of B's loss along A's gradient. Negative: the loss bends downwards there"),
     Metric("amplification_ratio", r"\|H_B g_A\| / \|g_A\|", (0, None), "how much longer the product is than the vector; at most the largest |λ| of H_B"),

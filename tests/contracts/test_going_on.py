@@ -87,7 +87,7 @@ def test_the_stopping_rule_holds_whatever_until_says(tmp_path):
 
 
 def test_a_run_extended_before_its_rule_is_met_obeys_it(tmp_path):
-    stopped = Trainer(make_config(name="whole", **STOPPING), tmp_path).fit().history.epoch.max()
+    stopped = int(Trainer(make_config(name="whole", **STOPPING), tmp_path).fit().history.epoch.max())
     brief = make_config(name="brief", **STOPPING | dict(epochs=stopped - 2))
     Trainer(brief, tmp_path).fit()
     Trainer(brief, tmp_path).fit(extra_epochs=20)
@@ -375,7 +375,7 @@ def test_a_reader_that_a_merge_overtakes_reads_once_more(tmp_path, monkeypatch):
 
 
 def test_tables_and_titles_of_a_run_that_counts_steps_are_in_steps(tmp_path):
-    from lal.analysis.plots import finding, training_curves
+    from lal.analysis.curves import finding, training_curves
     from lal.analysis.report import stages_table
     config = make_config(name="x", p=7, hidden_dim=16, steps=400, log_every=1, batch_size=10, lr=1e-2, threads=1, device="cpu")
     Trainer(config, tmp_path).fit()

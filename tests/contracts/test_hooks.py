@@ -11,16 +11,20 @@ from lal.core.config import make_config, one_per_seed, with_values
 from lal.core.errors import ConfigError, HookError, Interrupted, NonFiniteLoss
 from lal.core.experiment import Metric, find_experiment
 from lal.core.files import digest, load_checkpoint
+from lal.core.recorder import measure
 from lal.core.run import RunFolder, checkpoints
 from lal.core.state import POINTS, POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, SNAPSHOT, train_step
 from lal.core.trainer import Trainer
 from lal.curvature.params import axpy, norm
 from lal.hooks.consecutive import Consecutive
-from lal.hooks.framework import Batch, Hook, Hooks, HookState, Kept, Needs, Rows
 from lal.hooks.hessian import Hessian
+from lal.hooks.hook import Hook, Needs, declared_options, events_of
 from lal.hooks.norms import Norms
-from lal.hooks.registry import create_hooks
+from lal.hooks.registry import REGISTRY as HOOKS, create_hooks
+from lal.hooks.rows import MetricBuffer
+from lal.hooks.runner import Hooks
 from lal.hooks.training_metrics import TrainingMetrics
+from lal.hooks.view import Batch, GradientBuffer, HookState
 
 UNITS = {"epoch": dict(epochs=15), "step": dict(steps=60)}  # four batches an epoch, the last one short
 BASE = dict(p=7, hidden_dim=8, n_layers=1, train_frac=0.7, batch_size=10, device="cpu", threads=1, seed=3, lr=3e-3, checkpoint_every=1000)
@@ -269,6 +273,59 @@ def test_three_hundred_steps_are_bit_for_bit_those_that_nobody_watched(length, k
     assert seen == unseen
 
 
+NOISY = {  # what draws masks or keeps running statistics in training mode
+    "dropout": lambda: [nn.Dropout(0.5)],
+    "batch norm": lambda: [nn.BatchNorm1d(8)],
+    "both, and a frozen part in evaluation mode": lambda: [nn.BatchNorm1d(8), nn.Dropout(0.3), nn.BatchNorm1d(8).eval().requires_grad_(False)],
+}
+OF_TRAINING = ("epoch", "step", "model", "optimizer", "scheduler", "batches", "generators")
+
+
+@pytest.fixture(params=NOISY)
+def noisy(request, monkeypatch):
+    patched(monkeypatch, lambda model: model.hidden.extend(NOISY[request.param]()))
+
+
+def statistics(model):
+    return {name: t.clone() for name, t in model.named_buffers() if "running" in name}
+
+
+@each_unit
+def test_how_often_a_run_measures_changes_no_bit_of_it(unit, noisy, tmp_path):
+    often, seldom = (fit(configure(unit, name=f"{n}", log_every=n), tmp_path, None) for n in (1, 4))
+    equal_checkpoints(tmp_path / "1", tmp_path / "4", OF_TRAINING)
+    rows = often.folder.history[often.folder.history[unit] % 4 == 0].reset_index(drop=True)
+    ours = seldom.folder.history[seldom.folder.history[unit] % 4 == 0].reset_index(drop=True)
+    pd.testing.assert_frame_equal(rows, ours, check_exact=True)
+
+
+@each_unit
+def test_measuring_is_done_in_evaluation_mode_and_moves_no_statistics(unit, noisy, tmp_path):
+    state = find_experiment("modular").build(configure(unit), torch.device("cpu"))
+    for _ in range(3): train_step(state, state.batches.of_epoch())
+    flags, before, drawn = [m.training for m in state.model.modules()], statistics(state.model), torch.get_rng_state()
+    rows = [measure(state) for _ in range(2)]
+    assert rows[0] == rows[1] and torch.equal(torch.get_rng_state(), drawn)
+    assert flags == [m.training for m in state.model.modules()]
+    assert all(torch.equal(t, before[name]) for name, t in statistics(state.model).items())
+    state.model.eval()
+    assert measure(state) == rows[0]  # the numbers are those of the network as it is used
+
+
+@pytest.mark.parametrize("name", HOOKS)
+@each_unit
+def test_every_hook_leaves_masks_and_running_statistics_as_they_were(name, unit, noisy, tmp_path):
+    cls = HOOKS[name]
+    if unit == "step" and not {PRE_STEP, POST_STEP} & {*events_of(cls)}: return  # it never fires there
+    every = {key: 1 for key in ("every_n_steps", "burst_length", "every_n_epochs") if key in declared_options(cls)}
+    alone = fit(configure(unit, name="alone", snapshot_every=2), tmp_path, None)
+    seen = fit(configure(unit, name="seen", snapshot_every=2, log_every=1, hooks={name: every}), tmp_path)
+    assert len(seen.folder.table(f"hooks/{name}").read()) > 10
+    equal_checkpoints(tmp_path / "alone", tmp_path / "seen", OF_TRAINING)
+    flags = [[m.training for m in trainer.state.model.modules()] for trainer in (alone, seen)]
+    assert flags[0] == flags[1]
+
+
 # 3. One mask.
 
 
@@ -285,11 +342,11 @@ class Masked(Hook):
     metrics = tuple(Metric(name, "x", (0, None), "a distance") for name in ("same", "double", "other", "loss"))
 
     def pre_step(self, state):
-        self.before = state.weights()
+        self.before = state.params()
 
     def post_step(self, state):
         used, batch = state.unclipped(), state.batch
-        other = batch._replace(generators={"cpu": state.generator("other").get_state()})
+        other = batch._replace(rng_states={"cpu": state.generator("other").get_state()})
         at = lambda b, dtype=None: {k: g.float() for k, g in state.grad_at(self.before, b, dtype).items()}
         return {
             "same": far(at(batch), used),
@@ -334,11 +391,11 @@ def test_a_batch_without_a_saved_state_is_refused_and_nothing_is_drawn(dropout):
         def post_step(self, state):
             before = torch.get_rng_state()
             for batch in (state.batch, state.batch.data, Batch(state.batches.data)):
-                with pytest.raises(ValueError) as error: state.grad_at(state.weights(), batch)
+                with pytest.raises(ValueError) as error: state.grad_at(state.params(), batch)
                 seen.append(str(error.value))
             assert torch.equal(before, torch.get_rng_state())
             state.model.eval()
-            state.grad_at(state.weights(), state.batch)
+            state.grad_at(state.params(), state.batch)
             state.model.train()
 
     hooks = Hooks([Watcher()])
@@ -358,7 +415,7 @@ def test_gradients_are_kept_only_where_a_hook_needs_them(unit, monkeypatch, tmp_
     hooks = create_hooks(config)
 
     def after(point, state):
-        if point == PRE_STEP and hooks.view.batch.generators is not None: lent.append(state.step)
+        if point == PRE_STEP and hooks.view.batch.rng_states is not None: lent.append(state.step)
 
     Trainer(config, tmp_path, progress=False, hooks=Around(hooks, after)).fit()
     kept = {*range(19, 30), *range(39, 50), 59, 60}  # for the next step; a run may be continued after 60
@@ -412,9 +469,9 @@ WRONG = [  # keys of the configuration, and words the error must say
     (dict(hooks={"hessian": {"every_n_epochs": 5}}), "unknown option"),
     (dict(hooks={"norms": {"every_n_steps": 5}}), "unknown option"),
     (dict(hooks={"minimal": {}, "norms": {"every_n_steps": 5}}, steps=50), "unknown option"),
-    (dict(hooks={"hessian": 3}), "needs a mapping"),
+    (dict(hooks={"hessian": 3}), "hooks.hessian = 3: must be a mapping from options to values"),
     (dict(hooks={"norm": {}}), "no hook or set is called 'norm'; did you mean 'norms'?"),
-    (dict(hooks={"norms": [3]}), "needs a mapping"),
+    (dict(hooks={"norms": [3]}), "hooks.norms = [3]: must be a mapping"),
     (dict(hooks="norms", sinks=["json"]), "no sink is called 'json'; did you mean 'jsonl'?"),
     (dict(hooks="none", sinks=["json"]), "no sink is called 'json'"),
     (dict(hooks="norms", sinks=[["csv"]]), "sinks"),
@@ -761,7 +818,7 @@ def test_later_an_observer_is_stopped_where_the_quick_look_suffices_and_others_a
     for point in (PRE_STEP, POST_STEP):
         said, where = complaint(work, kind, point, 3)
         if kind == "observer" and look == "long":
-            assert said is None  # as the page on the framework says
+            assert said is None  # as the page on views says
         else:
             assert names_it(said, where, words), point
 
@@ -936,9 +993,9 @@ def test_the_full_batch_is_followed_by_itself(tmp_path):
 
 
 def test_the_mean_of_an_epoch_is_that_of_the_gradients_before_clipping(monkeypatch, tmp_path):
-    kept, add = {}, Kept.add
+    kept, add = {}, GradientBuffer.add
     grads = lambda s: {k: p.grad.double() / (float(s.clip_factor) if s.clip_factor is not None else 1) for k, p in s.model.named_parameters()}
-    monkeypatch.setattr(Kept, "add", lambda self, view: kept.setdefault(view.epoch, []).append(grads(view)) or add(self, view))
+    monkeypatch.setattr(GradientBuffer, "add", lambda self, view: kept.setdefault(view.epoch, []).append(grads(view)) or add(self, view))
     for clip in (None, 0.05):
         kept.clear()
         tables = rows_of(configure(name=f"clip_{clip}", grad_clip=clip, **ALL), tmp_path)
@@ -1051,9 +1108,9 @@ def test_a_run_that_diverges_says_so_and_hooks_do_not_get_in_the_way(unit, tmp_p
 
 
 def test_many_rows_between_two_writes(monkeypatch, tmp_path):
-    monkeypatch.setattr("lal.hooks.framework.MOST_PENDING", 7)
-    settled, settle = [], Rows.settle
-    monkeypatch.setattr(Rows, "settle", lambda self: settled.append(len(self.pending)) or settle(self))
+    monkeypatch.setattr("lal.hooks.rows.MOST_PENDING", 7)
+    settled, settle = [], MetricBuffer.settle
+    monkeypatch.setattr(MetricBuffer, "settle", lambda self: settled.append(len(self.pending)) or settle(self))
     config = configure(name="epoch", **ALL)
     fit(config, tmp_path)
     monkeypatch.undo()
@@ -1078,6 +1135,16 @@ def test_what_is_written_is_described_in_the_tables(straight):
         assert metric["high"] is None or (values <= metric["high"] + slack).all(), metric["name"]
 
 
+def test_the_columns_of_the_experiment_are_declared_where_training_metrics_writes_them(straight):
+    import pyarrow.parquet as pq
+
+    told = json.loads(pq.read_schema(straight["epoch"] / "hooks/training_metrics.parquet").metadata[b"lal.hook"])
+    columns = [metric.declared() for metric in find_experiment("modular").columns]
+    assert [metric["name"] for metric in told["metrics"][:3]] == ["loss", "lr", "perplexity"] and told["metrics"][3:] == columns
+    rows = RunFolder(straight["epoch"]).table("hooks/training_metrics").read()
+    assert [*rows] == ["epoch", "step", *(metric["name"] for metric in told["metrics"])]
+
+
 def test_hooks_and_sinks_raise_no_warning_of_any_kind(tmp_path):
     "A whole run, with a stop and a resume, under `python -W error`."
     script = f"""
@@ -1085,7 +1152,7 @@ import torch
 from pathlib import Path
 from lal.core.config import make_config
 from lal.core.trainer import Trainer
-from lal.hooks.registry import create_hooks
+from lal.hooks.registry import REGISTRY as HOOKS, create_hooks
 for unit in (dict(epochs=6), dict(steps=24)):
     config = make_config(**{BASE}, **unit, name=next(iter(unit)), sinks=["jsonl", "csv"], log_every=2, profile_hooks=True,
         hooks={{"full": {{}}, "hessian": {{"every_n_steps": 4, "burst_length": 3, "displacement": True}}}})
@@ -1108,14 +1175,14 @@ def test_the_console_shows_the_newest_row_of_each_hook(tmp_path, capsys):
 
 
 class Keeping(Hook):
-    "Keeps the batch of its first step, as the page on the framework says one may."
+    "Keeps the batch of its first step, as the page on views says one may."
 
     kind = "intervention"
     metrics = (FINE,)
 
     def post_step(self, state):
         if not hasattr(self, "kept"): self.kept = state.batch
-        return {"fine": state.loss_at(state.weights(), self.kept) + 0 * self.kept.data[0].sum()}
+        return {"fine": state.loss_at(state.params(), self.kept) + 0 * self.kept.data[0].sum()}
 
 
 class KeepingLive(Hook):
