@@ -3,7 +3,7 @@
     python benchmarks/hooks.py [--threads 1] [--rounds 20] [--device auto]
 
 First part: the state stands still after some epochs of training, and every hook is called at its points, in turn with one plain gradient of
-the same batch, so that a firing is given in milliseconds and in gradients. Then the same with the framework's own look at what may have changed.
+the same batch, so that a firing is given in milliseconds and in gradients. Then the same for the guard's own checks.
 
 Second part: several loops train the same network on the same batches, a thousand steps in each turn, one bare, the others
 watched by one set each, with the options that the hooks have by default; log points every hundred epochs. Ratios to the bare loop come from turns that follow each other.
@@ -19,8 +19,10 @@ from lal.core.recorder import Recorder
 from lal.core.run import create_run
 from lal.core.state import POST_EPOCH, POST_STEP, PRE_EPOCH, take_rows, train_step
 from lal.core.trainer import epoch_loop
-from lal.hooks.framework import Hooks, Needs, marks, points_of
+from lal.hooks.guard import fingerprint
+from lal.hooks.hook import Needs, events_of
 from lal.hooks.registry import REGISTRY, SETS, create_hooks
+from lal.hooks.runner import Hooks
 
 BLOCK = 1000  # steps in a turn of the second part: one burst of the Hessian hook
 
@@ -51,8 +53,8 @@ def firings(config, device, rounds, wait) -> None:
         if name == "hessian": variants = {f"hessian, {s}, no check": {**always, "scheme": s, "check_every": None} for s in ("forward", "central", "exact")}
         for label, options in variants.items():
             works[label] = one_firing(cls(**options), state, config)
-    works["look (observer)"] = lambda: (marks(state, False), marks(state, False))
-    works["look (intervention)"] = lambda: (marks(state, True), marks(state, True))
+    works["quick check"] = lambda: (fingerprint(state, False), fingerprint(state, False))
+    works["complete check"] = lambda: (fingerprint(state), fingerprint(state))
     seconds, base = {label: [] for label in works}, {label: [] for label in works}
     for turn in range(rounds + 3):
         for label, work in works.items():
@@ -86,7 +88,7 @@ def one_firing(hook, state, config):
         if "at" in memory: hook.at, hook.last_at = state.step - 1, state.step - 1  # the Hessian hook: the last step was the one before
         mean = view.unclipped() if hook.needs & Needs.EPOCH_GRAD else None
         view.show(previous_grad=kept, epoch_grad=mean)
-        for point in points_of(hook): getattr(hook, point)(view)
+        for point in events_of(hook): getattr(hook, point)(view)
 
     return work
 

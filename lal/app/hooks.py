@@ -41,11 +41,11 @@ def list_hooks(context: typer.Context):
     "List the hooks, and the sets of them that `lal train --hooks` takes."
     if context.invoked_subcommand:
         return
-    from lal.hooks.framework import points_of, question
+    from lal.hooks.hook import events_of, question
     from lal.hooks.registry import REGISTRY, SETS, choose
 
     rows = [
-        (name, cls.kind, ", ".join(points_of(cls)), question(cls))
+        (name, cls.kind, ", ".join(events_of(cls)), question(cls))
         for name, cls in REGISTRY.items()
     ]
     out.print(table(("hook", "kind", "fires at", "question"), rows))
@@ -62,8 +62,8 @@ KINDS = {
 
 
 def facts(cls: type) -> list[tuple[str, str]]:
-    "Kind, points and needs of a hook, in words."
-    from lal.hooks.framework import Needs, points_of
+    "Kind, events and needs of a hook, in words."
+    from lal.hooks.hook import Needs, events_of
 
     words = {
         Needs.PREVIOUS_GRAD: "the gradient of the step before",
@@ -73,14 +73,14 @@ def facts(cls: type) -> list[tuple[str, str]]:
     needs = [what for need, what in words.items() if need & cls.needs]
     return [
         ("kind", f"{cls.kind}: {KINDS.get(cls.kind, '')}"),
-        ("fires at", ", ".join(points_of(cls))),
+        ("fires at", ", ".join(events_of(cls))),
         ("needs", "; ".join(needs) or "nothing kept for it"),
     ]
 
 # %% ../../nbs/app/06_hooks.ipynb #5784d908
 def option_rows(cls: type) -> list[tuple[str, str, str]]:
     "`(option, default, meaning and condition)` of a hook's options."
-    from lal.hooks.framework import declared_options
+    from lal.hooks.hook import declared_options
 
     return [
         (key.name, shown(key.default), f"{key.meaning} ({key.condition})" if key.condition else key.meaning)
@@ -90,10 +90,10 @@ def option_rows(cls: type) -> list[tuple[str, str, str]]:
 # %% ../../nbs/app/06_hooks.ipynb #17d78ba6
 def metric_rows(cls: type) -> list[tuple[str, str, str, str]]:
     "`(metric, range, formula, meaning)` of a hook's metrics, the formula readable."
-    from lal.hooks.framework import said_range, said_with
+    from lal.hooks.hook import format_condition, format_range
 
     return [
-        (m.name, said_range(m.range), readable(m.formula), m.meaning + said_with(m).replace("`", ""))
+        (m.name, format_range(m.range), readable(m.formula), m.meaning + format_condition(m).replace("`", ""))
         for m in cls.metrics
     ]  # fmt: skip
 
@@ -115,7 +115,7 @@ def describe(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The name of a hook.")],
 ):
     "Print what a hook asks, when it fires, its options and its metrics."
-    from lal.hooks.framework import question
+    from lal.hooks.hook import question
 
     with exit_codes():
         cls = hook_class(name)

@@ -15,7 +15,8 @@ from ..core.run import RunFolder, checkpoints
 from ..core.experiment import find_experiment
 from ..core.recorder import stop_rule_met
 from ..core.trainer import Trainer, build_state, check_resume, was_sent_on
-from ..hooks.framework import declared_options, load_reference
+from ..hooks.hook import declared_options
+from ..hooks.view import load_reference
 from ..hooks.registry import create_hooks
 
 # %% ../../nbs/scale/01_plan.ipynb #4a2cdea9

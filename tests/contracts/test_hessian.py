@@ -10,8 +10,8 @@ from lal.core.device import generator
 from lal.core.experiment import find_experiment
 from lal.core.state import POST_STEP, Batches, TrainState, train_step
 from lal.curvature.params import flatten
-from lal.hooks.framework import Hooks
 from lal.hooks.hessian import Hessian
+from lal.hooks.runner import Hooks
 
 F64, N, STEPS = torch.float64, 5, 7
 LR, MOMENTUM, DECAY = 0.05, 0.7, 0.9  # the rate shrinks by `DECAY` from step to step

@@ -17,11 +17,14 @@ from lal.core.state import POINTS, POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, S
 from lal.core.trainer import Trainer
 from lal.curvature.params import axpy, norm
 from lal.hooks.consecutive import Consecutive
-from lal.hooks.framework import Batch, Hook, Hooks, HookState, Kept, Needs, Rows, declared_options, points_of
 from lal.hooks.hessian import Hessian
+from lal.hooks.hook import Hook, Needs, declared_options, events_of
 from lal.hooks.norms import Norms
 from lal.hooks.registry import REGISTRY as HOOKS, create_hooks
+from lal.hooks.rows import MetricBuffer
+from lal.hooks.runner import Hooks
 from lal.hooks.training_metrics import TrainingMetrics
+from lal.hooks.view import Batch, GradientBuffer, HookState
 
 UNITS = {"epoch": dict(epochs=15), "step": dict(steps=60)}  # four batches an epoch, the last one short
 BASE = dict(p=7, hidden_dim=8, n_layers=1, train_frac=0.7, batch_size=10, device="cpu", threads=1, seed=3, lr=3e-3, checkpoint_every=1000)
@@ -313,7 +316,7 @@ def test_measuring_is_done_in_evaluation_mode_and_moves_no_statistics(unit, nois
 @each_unit
 def test_every_hook_leaves_masks_and_running_statistics_as_they_were(name, unit, noisy, tmp_path):
     cls = HOOKS[name]
-    if unit == "step" and not {PRE_STEP, POST_STEP} & {*points_of(cls)}: return  # it never fires there
+    if unit == "step" and not {PRE_STEP, POST_STEP} & {*events_of(cls)}: return  # it never fires there
     every = {key: 1 for key in ("every_n_steps", "burst_length", "every_n_epochs") if key in declared_options(cls)}
     alone = fit(configure(unit, name="alone", snapshot_every=2), tmp_path, None)
     seen = fit(configure(unit, name="seen", snapshot_every=2, log_every=1, hooks={name: every}), tmp_path)
@@ -339,11 +342,11 @@ class Masked(Hook):
     metrics = tuple(Metric(name, "x", (0, None), "a distance") for name in ("same", "double", "other", "loss"))
 
     def pre_step(self, state):
-        self.before = state.weights()
+        self.before = state.params()
 
     def post_step(self, state):
         used, batch = state.unclipped(), state.batch
-        other = batch._replace(generators={"cpu": state.generator("other").get_state()})
+        other = batch._replace(rng_states={"cpu": state.generator("other").get_state()})
         at = lambda b, dtype=None: {k: g.float() for k, g in state.grad_at(self.before, b, dtype).items()}
         return {
             "same": far(at(batch), used),
@@ -388,11 +391,11 @@ def test_a_batch_without_a_saved_state_is_refused_and_nothing_is_drawn(dropout):
         def post_step(self, state):
             before = torch.get_rng_state()
             for batch in (state.batch, state.batch.data, Batch(state.batches.data)):
-                with pytest.raises(ValueError) as error: state.grad_at(state.weights(), batch)
+                with pytest.raises(ValueError) as error: state.grad_at(state.params(), batch)
                 seen.append(str(error.value))
             assert torch.equal(before, torch.get_rng_state())
             state.model.eval()
-            state.grad_at(state.weights(), state.batch)
+            state.grad_at(state.params(), state.batch)
             state.model.train()
 
     hooks = Hooks([Watcher()])
@@ -412,7 +415,7 @@ def test_gradients_are_kept_only_where_a_hook_needs_them(unit, monkeypatch, tmp_
     hooks = create_hooks(config)
 
     def after(point, state):
-        if point == PRE_STEP and hooks.view.batch.generators is not None: lent.append(state.step)
+        if point == PRE_STEP and hooks.view.batch.rng_states is not None: lent.append(state.step)
 
     Trainer(config, tmp_path, progress=False, hooks=Around(hooks, after)).fit()
     kept = {*range(19, 30), *range(39, 50), 59, 60}  # for the next step; a run may be continued after 60
@@ -815,7 +818,7 @@ def test_later_an_observer_is_stopped_where_the_quick_look_suffices_and_others_a
     for point in (PRE_STEP, POST_STEP):
         said, where = complaint(work, kind, point, 3)
         if kind == "observer" and look == "long":
-            assert said is None  # as the page on the framework says
+            assert said is None  # as the page on views says
         else:
             assert names_it(said, where, words), point
 
@@ -990,9 +993,9 @@ def test_the_full_batch_is_followed_by_itself(tmp_path):
 
 
 def test_the_mean_of_an_epoch_is_that_of_the_gradients_before_clipping(monkeypatch, tmp_path):
-    kept, add = {}, Kept.add
+    kept, add = {}, GradientBuffer.add
     grads = lambda s: {k: p.grad.double() / (float(s.clip_factor) if s.clip_factor is not None else 1) for k, p in s.model.named_parameters()}
-    monkeypatch.setattr(Kept, "add", lambda self, view: kept.setdefault(view.epoch, []).append(grads(view)) or add(self, view))
+    monkeypatch.setattr(GradientBuffer, "add", lambda self, view: kept.setdefault(view.epoch, []).append(grads(view)) or add(self, view))
     for clip in (None, 0.05):
         kept.clear()
         tables = rows_of(configure(name=f"clip_{clip}", grad_clip=clip, **ALL), tmp_path)
@@ -1105,9 +1108,9 @@ def test_a_run_that_diverges_says_so_and_hooks_do_not_get_in_the_way(unit, tmp_p
 
 
 def test_many_rows_between_two_writes(monkeypatch, tmp_path):
-    monkeypatch.setattr("lal.hooks.framework.MOST_PENDING", 7)
-    settled, settle = [], Rows.settle
-    monkeypatch.setattr(Rows, "settle", lambda self: settled.append(len(self.pending)) or settle(self))
+    monkeypatch.setattr("lal.hooks.rows.MOST_PENDING", 7)
+    settled, settle = [], MetricBuffer.settle
+    monkeypatch.setattr(MetricBuffer, "settle", lambda self: settled.append(len(self.pending)) or settle(self))
     config = configure(name="epoch", **ALL)
     fit(config, tmp_path)
     monkeypatch.undo()
@@ -1172,14 +1175,14 @@ def test_the_console_shows_the_newest_row_of_each_hook(tmp_path, capsys):
 
 
 class Keeping(Hook):
-    "Keeps the batch of its first step, as the page on the framework says one may."
+    "Keeps the batch of its first step, as the page on views says one may."
 
     kind = "intervention"
     metrics = (FINE,)
 
     def post_step(self, state):
         if not hasattr(self, "kept"): self.kept = state.batch
-        return {"fine": state.loss_at(state.weights(), self.kept) + 0 * self.kept.data[0].sum()}
+        return {"fine": state.loss_at(state.params(), self.kept) + 0 * self.kept.data[0].sum()}
 
 
 class KeepingLive(Hook):

@@ -17,8 +17,9 @@ from lal.core.run import RunFolder, checkpoints
 from lal.core.state import POST_STEP, train_step
 from lal.core.tables import table_metadata
 from lal.core.trainer import Trainer
-from lal.hooks.framework import Hook, Hooks
+from lal.hooks.hook import Hook
 from lal.hooks.registry import create_hooks
+from lal.hooks.runner import Hooks
 
 SECOND = Path(__file__).parents[1] / "second"
 FILE = "teacher_student.yaml"
