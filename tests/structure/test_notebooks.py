@@ -75,13 +75,7 @@ def test_is_tested(page):
 
 
 # Pages that a later change splits. Nothing else belongs here, and an entry whose page keeps to the sizes must go.
-NOT_YET = {
-    "nbs/curvature/02_hvp.ipynb": "the first use comes at cell 19",
-    "nbs/curvature/03_operators.ipynb": "a class of 119 lines, 535 lines in the module",
-    "nbs/curvature/05_lanczos.ipynb": "a class of 181 lines, 408 lines in the module",
-    "nbs/curvature/07_density.ipynb": "156 exported lines without a use between",
-    "nbs/hooks/01_framework.ipynb": "the framework becomes five pages",
-}
+NOT_YET = {"nbs/hooks/01_framework.ipynb": "the framework becomes five pages"}
 
 
 def size_problems(page: str) -> list[str]:
