@@ -142,7 +142,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lal.analysis.store.readable': ('analysis/store.html#readable', 'lal/analysis/store.py'),
                                     'lal.analysis.store.run_row': ('analysis/store.html#run_row', 'lal/analysis/store.py'),
                                     'lal.analysis.store.view_names': ('analysis/store.html#view_names', 'lal/analysis/store.py')},
-            'lal.app.cli': {'lal.app.cli.main': ('app/cli.html#main', 'lal/app/cli.py')},
+            'lal.app.cli': {},
             'lal.app.configs': { 'lal.app.configs.file_schema': ('app/configs.html#file_schema', 'lal/app/configs.py'),
                                  'lal.app.configs.list_configs': ('app/configs.html#list_configs', 'lal/app/configs.py'),
                                  'lal.app.configs.shipped_table': ('app/configs.html#shipped_table', 'lal/app/configs.py'),
