@@ -28,7 +28,5 @@ for command in (train, runs, report, doctor):
 for group, name in ((configs, "configs"), (hooks, "hooks")):
     app.add_typer(group, name=name)
 
-# %% ../../nbs/app/01_cli.ipynb #fa51f834
-def main() -> None:
-    "The console script `lal`."
-    app()
+# %% ../../nbs/app/01_cli.ipynb #fcad769e
+main = app

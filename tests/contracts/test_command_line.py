@@ -1,5 +1,6 @@
 "The command line, used as a person would use it: in an empty folder. In its own process where signals, a terminal or imports matter."
-import contextlib, fcntl, json, os, pty, re, signal, struct, subprocess, sys, termios, textwrap, time
+import contextlib, fcntl, json, os, pty, re, shutil, signal, struct, subprocess, sys, termios, textwrap, time
+from pathlib import Path
 import pandas as pd
 import pytest
 import torch
@@ -139,8 +140,8 @@ def straight(tmp_path_factory):
 
 
 def started(cwd, *words):
-    "The process of a run of this name that has written its first checkpoint."
-    process = subprocess.Popen([*LAL, "train", "quickstart", *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    "The process of a run, named by the last word, that has written its first checkpoint."
+    process = subprocess.Popen([*LAL, "train", *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (cwd / "runs" / words[-1] / "checkpoints/20.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -150,7 +151,7 @@ def started(cwd, *words):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_resumes_and_ends_where_it_would_have_ended(how, tmp_path, straight):
-    process = started(tmp_path, *LONG, "--name", "stopped")
+    process = started(tmp_path, "quickstart", *LONG, "--name", "stopped")
     process.send_signal(how)
     out, err = process.communicate(timeout=60)
     run = tmp_path / "runs/stopped"
@@ -168,6 +169,30 @@ def test_a_stopped_run_resumes_and_ends_where_it_would_have_ended(how, tmp_path,
     a, b = (torch.load(p / "checkpoints/200.pt", weights_only=True)["model"] for p in (run, straight))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+
+
+def test_an_experiment_of_ones_own_is_trained_killed_resumed_listed_queried_and_reported(tmp_path):
+    for file in (Path(__file__).parents[1] / "second").glob("teacher_student.*"): shutil.copy(file, tmp_path)
+    words = ["teacher_student.yaml", "--set", "epochs=600", "--set", "hooks.norms={}"]
+    process = started(tmp_path, *words, "--name", "killed")
+    process.kill()
+    process.communicate(timeout=60)
+    assert "running" in lal("runs", cwd=tmp_path).stdout
+    contradiction = lal_alone("train", "teacher_student.yaml", "--name", "killed", "--resume", "--set", "width=9", cwd=tmp_path, expect=2)
+    assert "width = 9: the run has width = 8, and goes on as it began" in contradiction.stderr
+    done = lal_alone("train", *words, "--name", "killed", "--resume", cwd=tmp_path)
+    assert "killed: teacher and student, 3 inputs, width 8, seed 1, on " in done.stderr and "killed: converged at epoch " in done.stdout and "accuracy" not in done.stdout, done.stdout
+    lal_alone("train", *words, "--name", "straight", cwd=tmp_path)
+    for table in ("history", "hooks/norms", "hooks/hessian", "hooks/training_metrics"):
+        one, two = (pd.read_parquet(tmp_path / f"runs/{name}/{table}.parquet") for name in ("killed", "straight"))
+        pd.testing.assert_frame_equal(one, two, check_exact=True)
+    listed = lal("runs", cwd=tmp_path).stdout                       # nothing below imports the experiment
+    assert "teacher and student, 3 inputs, width 8" in listed and "converged" in listed and "acc" not in listed and "grok" not in listed
+    answer = lal("runs", "--sql", "SELECT run, converged_epoch, round(min(test_loss), 6) AS best FROM history JOIN runs USING (run) GROUP BY ALL ORDER BY run", cwd=tmp_path).stdout.splitlines()
+    assert answer[1].split()[1:] == answer[2].split()[1:] and len(answer) == 3
+    lal("report", "killed", "straight", "--output", "page.html", cwd=tmp_path)
+    page = re.sub("<script.*?</script>", "", (tmp_path / "page.html").read_text(), flags=re.S)      # plotly knows the word accuracy
+    assert "teacher and student" in page and "converged" in page and "accuracy" not in page
 
 
 def test_a_failed_run_is_exit_1_and_says_why(tmp_path):
@@ -224,7 +249,7 @@ def test_a_watched_run_leaves_a_table_for_each_hook_and_goes_on_as_it_began(tmp_
 
 def test_an_interrupted_watched_run_resumes_with_the_printed_line_and_has_the_same_rows(tmp_path):
     words = [w.replace("epochs=24", "epochs=100") for w in WATCHED] + ["--set", "checkpoint_every=20"]
-    process = started(tmp_path, *words, "--name", "x")
+    process = started(tmp_path, "quickstart", *words, "--name", "x")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "--hooks norms,hessian --hook hessian.every_n_steps=20 --hook hessian.burst_length=4" in err, err

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, jvp, vmap
-from lal.core.device import deterministic, seeded
+from lal.core.device import deterministic, generator, seeded
 from lal.modular.models import GrokTransformer
 from lal.modular.task import OPERATIONS, Task, encode, examples
 
@@ -32,7 +32,7 @@ def pair(*architecture):
 def batch(operation, size):
     "Examples of every operation, in random order."
     task = Task(P, operation)
-    codes = torch.randperm(task.n_pairs, generator=torch.Generator().manual_seed(size))
+    codes = torch.randperm(task.n_pairs, generator=generator(size, "order"))
     chosen = examples(task, codes[:size])
     return encode(chosen, "tokens"), chosen.y
 

@@ -107,7 +107,7 @@ def always_flush(monkeypatch):
 # 1. Bursts, stops and resumes.
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def straight(tmp_path_factory):
     "The run of each unit that nobody stopped."
     root = tmp_path_factory.mktemp("straight")
@@ -495,7 +495,7 @@ def test_without_hooks_nobody_watches_and_options_of_a_set_reach_its_hooks(tmp_p
     assert [hook.name for hook in in_steps.hooks] == ["training_metrics"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     "Runs beside which others are: one finished, one stopped, one of another width."
     root = tmp_path_factory.mktemp("finished")

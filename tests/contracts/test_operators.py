@@ -36,10 +36,10 @@ def network(Model, **sizes):
     return model, encode(EVERY, model.encoding), EVERY.y, params_of(model, F64)
 
 
-NETWORKS = {
-    "perceptron": network(BaselineMLP, hidden_dim=8, n_layers=2),
-    "transformer": network(GrokTransformer, hidden_dim=8, n_layers=1, n_heads=2),
-    "tied transformer": network(GrokTransformer, hidden_dim=4, n_layers=2, n_heads=2, tie_embeddings=True),
+NETWORKS = {  # an identity needs no large network: 173, 316 and 333 parameters (with width 2 layer normalisation has no derivative to speak of)
+    "perceptron": network(BaselineMLP, hidden_dim=7, n_layers=2),
+    "transformer": network(GrokTransformer, hidden_dim=4, n_layers=1, n_heads=2),
+    "tied transformer": network(GrokTransformer, hidden_dim=3, n_layers=2, n_heads=3, tie_embeddings=True),
 }
 
 
@@ -53,7 +53,7 @@ def case(request):
     f = loss_function(model, x, y)
     h = outputs_function(model, x)
     theta = flatten(params)
-    assert len(theta) <= 2000
+    assert len(theta) <= 400
     J = jacrev(lambda t: h(unflatten(t, params)))(theta).flatten(0, 1)
     p = h(params).softmax(-1)
     inner = torch.block_diag(*(q.diag() - torch.outer(q, q) for q in p)) / len(y)
@@ -176,10 +176,11 @@ def test_sampled_fisher_is_unbiased():
     model, x, y, params = NETWORKS["perceptron"]
     h = outputs_function(model, x)
     G = GaussNewtonOperator(h, lambda z: F.cross_entropy(z, y), params).to_dense()
-    means = [FisherOperator.sampled(h, params, 40, seed).diagonal() for seed in range(12)]
-    mean, spread = torch.stack(means).mean(0), torch.stack(means).std(0) / 12**0.5
-    z = (mean - G.diagonal())[spread > 0] / spread[spread > 0]
-    assert z.square().mean() < 2
+    drawn = torch.stack([FisherOperator.sampled(h, params, 10, seed).diagonal() for seed in range(12)])
+    exact = G.diagonal()
+    for found, true in ((drawn.sum(1), exact.sum()), *zip(drawn.T, exact)):  # the trace, and every entry
+        t = (found.mean() - true) / (found.std() / 12**0.5)
+        assert not found.std() or abs(t) < 15  # Student's t with 11 degrees of freedom: once in 80 million times
     one, two = (FisherOperator.sampled(h, params, 4, 0) @ flatten(params) for _ in range(2))
     assert torch.equal(one, two)
 
@@ -291,7 +292,7 @@ def test_nothing_is_moved():
         FisherOperator.empirical(h, params, y),
         FisherOperator.sampled(h, params),
     ):
-        op @ v, op.restrict("output") @ v[-45:]
+        op @ v, op.restrict("output") @ v[-40:]
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()

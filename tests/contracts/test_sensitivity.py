@@ -68,17 +68,18 @@ def test_estimates_are_unbiased(name, layer):
     function, point = input_function(model, data(model), layer)
     J = jacobian_norm(function, point, exact=True)
     squares = torch.stack([jacobian_norm(function, point, projections=4, seed=s) ** 2 for s in range(50)])
-    assert ((squares.mean(0) - J**2).abs() < 5 * squares.std(0) / 7 + 1e-12).all()
+    sure = 8 * 50**-0.5  # Student's t with 49 degrees of freedom exceeds 8 once in 5 billion times; 650 are compared
+    assert ((squares.mean(0) - J**2).abs() < sure * squares.std(0) + 1e-12).all()
     t = input_hessian_trace(function, point, exact=True)
     traces = torch.stack([input_hessian_trace(function, point, probes=4, seed=s) for s in range(50)])
-    assert ((traces.mean(0) - t).abs() < 5 * traces.std(0) / 7 + 1e-12 * traces.abs().max() + 1e-12).all()
+    assert ((traces.mean(0) - t).abs() < sure * traces.std(0) + 1e-12 * traces.abs().max() + 1e-12).all()
 
 
 def test_error_falls_with_the_root_of_the_projections():
     function, point = input_function(MODELS["transformer"], data(MODELS["transformer"]))
     J = jacobian_norm(function, point, exact=True)
     spread = {K: float(torch.stack([jacobian_norm(function, point, K, seed=s) / J - 1 for s in range(30)]).std()) for K in (4, 36)}
-    assert 2.4 < spread[4] / spread[36] < 3.7
+    assert 2.25 < spread[4] / spread[36] < 4  # 3; 750 values, of which at least 30 are independent examples of each seed
 
 
 @each_layer
@@ -240,7 +241,7 @@ def test_hessian_trace_is_that_of_the_operator(name):
     n = len(dense)
     assert math.isclose(weight_hessian_trace(f, params, probes=n).estimate, float(dense.trace()), rel_tol=1e-9)
     some = weight_hessian_trace(f, params, probes=30, seed=3)
-    assert abs(some.estimate - float(dense.trace())) < 5 * some.standard_error
+    assert abs(some.estimate - float(dense.trace())) < 7 * some.standard_error  # t with 29 degrees of freedom: once in 9 million times
     assert some == weight_hessian_trace(f, params, probes=30, seed=3)
     assert math.isclose(float(gradient_norm(f, params)), float(flatten(gradient(f, params)).norm()), rel_tol=1e-12)
 

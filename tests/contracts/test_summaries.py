@@ -14,7 +14,7 @@ from scipy.stats import beta, kstest
 
 F64 = torch.float64
 ROUNDING = 2.0**-53
-quick = settings(max_examples=100, deadline=None)
+quick = settings(max_examples=100, deadline=None, derandomize=True)
 spectra = arrays(np.float64, st.integers(1, 12), elements=st.floats(-1e3, 1e3, allow_subnormal=False)).map(torch.from_numpy)
 
 
@@ -145,8 +145,8 @@ def test_alignment_is_a_share_and_ignores_how_the_span_is_given(n, k, m, seed):
 def test_the_null_of_one_vector_is_the_beta_distribution():
     n, k = 12, 3
     drawn = [alignment(randn(n, seed=s), torch.eye(n, k, dtype=F64)) for s in range(2000)]
-    assert kstest([a.value for a in drawn], beta(k / 2, (n - k) / 2).cdf).pvalue > 1e-3
-    assert kstest([a.chance for a in drawn], "uniform").pvalue > 1e-3
+    assert kstest([a.value for a in drawn], beta(k / 2, (n - k) / 2).cdf).pvalue > 1e-6  # how often a true null may fail
+    assert kstest([a.chance for a in drawn], "uniform").pvalue > 1e-6
     for a in drawn[:20]:
         assert math.isclose(a.chance, beta(k / 2, (n - k) / 2).sf(a.value), rel_tol=1e-9)
         assert math.isclose(a.spread, beta(k / 2, (n - k) / 2).std(), rel_tol=1e-12)
@@ -160,7 +160,7 @@ def test_the_spread_of_several_vectors(m):
     inside = (Q.mT @ V).square().sum((1, 2)) / V.square().sum()
     found = alignment(V, Q[0])
     assert abs(float(inside.mean()) - found.null) < 5 * found.spread / draws**0.5
-    assert abs(float(inside.std()) / found.spread - 1) < 0.03
+    assert abs(float(inside.std()) / found.spread - 1) < 5 / draws**0.5  # known to 1/√(2·draws) of itself, if normal
 
 
 def test_vectors_in_every_form():

@@ -74,15 +74,6 @@ def test_is_tested(page):
     none(page, testing.left_out_of_tests(nb, path))
 
 
-# Pages that a later change splits. Nothing else belongs here, and an entry whose page keeps to the sizes must go.
-NOT_YET = {
-    "nbs/curvature/02_hvp.ipynb": "the first use comes at cell 19",
-    "nbs/curvature/03_operators.ipynb": "a class of 119 lines, 535 lines in the module",
-    "nbs/curvature/05_lanczos.ipynb": "a class of 181 lines, 408 lines in the module",
-    "nbs/curvature/07_density.ipynb": "156 exported lines without a use between",
-}
-
-
 def size_problems(page: str) -> list[str]:
     "Cells, runs of cells and the module of a page above their bounds."
     nb = read_nb(ROOT / page)
@@ -91,16 +82,6 @@ def size_problems(page: str) -> list[str]:
     return [*anatomy.long_cells(nb), *anatomy.long_runs(nb), *anatomy.late_use(nb), *(p for m in modules for p in anatomy.long_module(m.read_text()))]
 
 
-def held_to(page: str, problems: list[str], not_yet: dict[str, str]) -> list[str]:
-    "The problems of a page; for one that may still have some, having none is the problem."
-    if page not in not_yet: return problems
-    return [] if problems else ["it keeps to the sizes now: take it out of NOT_YET"]
-
-
 @each_notebook
 def test_cells_and_modules_are_of_a_readable_size(page):
-    none(page, held_to(page, size_problems(page), NOT_YET))
-
-
-def test_only_pages_that_a_later_change_splits_are_let_through():
-    assert all(page in PAGES and page.startswith("nbs/curvature/") for page in NOT_YET)
+    none(page, size_problems(page))

@@ -8,7 +8,6 @@ from lal.book import execute, preview, receipts, testing
 from lal.book.imports import Package, against_the_arrows
 
 from conftest import ROOT, copy_checkout, python
-from test_notebooks import held_to
 from test_package import export_differences
 
 SAMPLE = ROOT / "nbs/book/02_cells.ipynb"
@@ -53,12 +52,6 @@ def test_an_import_against_the_arrows_is_found(copy):
     module.write_text(text + "\ndef late():\n    import lal.hooks.norms\n")
     assert "lal.core.files imports lal.hooks.norms: core does not import hooks" in against_the_arrows(Package(copy))
     module.write_text(text)
-
-
-def test_a_page_that_keeps_to_the_sizes_may_not_stay_among_the_exceptions():
-    assert held_to("a", ["a cell of 61 lines"], {}) == ["a cell of 61 lines"]
-    assert held_to("a", ["a cell of 61 lines"], {"a": "reason"}) == []
-    assert "take it out" in held_to("a", [], {"a": "reason"})[0]
 
 
 @pytest.mark.parametrize("name", ["long_cells", "long_runs", "late_use"])
