@@ -726,7 +726,7 @@ def first(state):
 
 
 def backward(state):
-    with torch.enable_grad(): state.loss_fn(state.model, state.batches.data).backward()
+    with torch.enable_grad(): state.train_state.loss_fn(state.model, state.batches.data).backward()
 
 
 def new_gradient(state):
@@ -854,7 +854,7 @@ def test_a_hook_that_changes_weights_and_raises_is_stopped_too():
     with pytest.raises(HookError, match="changed weights"): train_step(state, state.batches.of_epoch(), None, hooks.fire)
 
 
-WRITTEN = ["step", "loss", "lr", "model", "loss_fn", "seed", "train_state", "batch", "reference", "previous_grad", "weights"]
+WRITTEN = ["step", "loss", "lr", "model", "loss_fn", "seed", "train_state", "batch", "reference", "previous_grad", "params"]
 
 
 @pytest.mark.parametrize("name", WRITTEN)
