@@ -157,7 +157,7 @@ def never_fires(hook, config: Config) -> str | None:
     if config.snapshot_every is None and events == {SNAPSHOT}:
         return "fires at snapshots, and there are none: set snapshot_every"
     if config.unit == "step" and not events & {PRE_STEP, POST_STEP, SNAPSHOT}:
-        return "fires at the events of an epoch, which a run that counts steps does not pass: leave it out, or name a set"
+        return "fires at the points of an epoch, which a run that counts steps does not pass: leave it out, or name a set"
     return None
 
 # %% ../../nbs/hooks/01_hook.ipynb #1166256d

@@ -8,6 +8,7 @@ __all__ = ['spectral_smoothness', 'grid_outputs']
 # %% ../../nbs/modular/05_smoothness.ipynb #1504fae7
 import torch
 from torch import Tensor, nn
+from ..core.state import evaluating
 from .task import Task, encode, examples
 
 # %% ../../nbs/modular/05_smoothness.ipynb #2a4ee2a2
@@ -63,14 +64,9 @@ def grid_outputs(
         raise ValueError(f"chunk = {chunk!r}: must be a whole number above 0")
     p, first = task.p, next(model.parameters())
     pairs = examples(task, torch.arange(p * p) + operation * p * p)
-    training, found = {m: m.training for m in model.modules()}, []
-    try:
-        model.eval()
-        with torch.no_grad():
-            for part in torch.arange(p * p).split(chunk):
-                x = encode(pairs[part], model.encoding).to(first.device)
-                found.append(model(x.to(first.dtype) if x.is_floating_point() else x))
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    found = []
+    with torch.no_grad(), evaluating(model):
+        for part in torch.arange(p * p).split(chunk):
+            x = encode(pairs[part], model.encoding).to(first.device)
+            found.append(model(x.to(first.dtype) if x.is_floating_point() else x))
     return torch.cat(found).reshape(p, p, -1)

@@ -107,7 +107,7 @@ def always_flush(monkeypatch):
 # 1. Bursts, stops and resumes.
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def straight(tmp_path_factory):
     "The run of each unit that nobody stopped."
     root = tmp_path_factory.mktemp("straight")
@@ -495,7 +495,7 @@ def test_without_hooks_nobody_watches_and_options_of_a_set_reach_its_hooks(tmp_p
     assert [hook.name for hook in in_steps.hooks] == ["training_metrics"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     "Runs beside which others are: one finished, one stopped, one of another width."
     root = tmp_path_factory.mktemp("finished")
@@ -726,7 +726,7 @@ def first(state):
 
 
 def backward(state):
-    with torch.enable_grad(): state.loss_fn(state.model, state.batches.data).backward()
+    with torch.enable_grad(): state.train_state.loss_fn(state.model, state.batches.data).backward()
 
 
 def new_gradient(state):
@@ -854,7 +854,7 @@ def test_a_hook_that_changes_weights_and_raises_is_stopped_too():
     with pytest.raises(HookError, match="changed weights"): train_step(state, state.batches.of_epoch(), None, hooks.fire)
 
 
-WRITTEN = ["step", "loss", "lr", "model", "loss_fn", "seed", "train_state", "batch", "reference", "previous_grad", "weights"]
+WRITTEN = ["step", "loss", "lr", "model", "loss_fn", "seed", "train_state", "batch", "reference", "previous_grad", "params"]
 
 
 @pytest.mark.parametrize("name", WRITTEN)
