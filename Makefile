@@ -37,7 +37,7 @@ quickstart: $(VENV)/.base ## install, train a small network until it groks, and 
 # Each part runs and reports, also after one that failed.
 test: $(VENV)/.dev ## everything: structure, every notebook, contracts (two cores, about 10 minutes)
 	@failed=; \
-	echo "== structure"; $(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadgroup tests/structure || failed="$$failed structure"; \
+	echo "== structure"; $(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadfile tests/structure || failed="$$failed structure"; \
 	echo "== notebooks"; $(ONE_THREAD) $(PY) -c "from pathlib import Path; from lal.book.testing import test; test(Path.cwd(), n_workers=2)" || failed="$$failed notebooks"; \
 	echo "== contracts"; $(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadscope tests/contracts || failed="$$failed contracts"; \
 	if [ -n "$$failed" ]; then echo "make test failed in:$$failed"; exit 1; fi; echo "make test: structure, notebooks and contracts passed"

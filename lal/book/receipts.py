@@ -10,7 +10,6 @@ import datetime
 import hashlib
 import json
 import re
-import tomllib
 from pathlib import Path
 
 import torch
@@ -54,18 +53,13 @@ def page_configs(nb: dict, root: Path) -> list[Path]:
 FINDS_EXPERIMENTS, DEFAULT_EXPERIMENT = "lal.core.experiment", "modular"
 
 # %% ../../nbs/book/06_receipts.ipynb #6513d3ef
-def found_by_name(nb: dict, configs: list[Path], root: Path) -> set[str]:
+def found_by_name(nb: dict, configs: list[Path], package: Package) -> set[str]:
     "The modules of those experiments that the page or a configuration it uses names."
-    project = Path(root) / "pyproject.toml"
-    declared = tomllib.loads(project.read_text()) if project.exists() else {}
-    points = declared.get("project", {}).get("entry-points", {})
     cells = ["".join(cell["source"]) for cell in nb["cells"] if is_run(cell)]
     texts = "\n".join([*cells, *(path.read_text() for path in configs)])
     words = set(re.findall(r"\w+", texts)) | {DEFAULT_EXPERIMENT}
-    return {
-        place.partition(":")[0]
-        for name, place in points.get("lal.experiments", {}).items()
-        if name in words
+    return package.files.keys() & {
+        f"{package.name}.{word}.experiment" for word in words
     }
 
 # %% ../../nbs/book/06_receipts.ipynb #23cffd43
@@ -74,7 +68,7 @@ def sources(nb: dict, package: Package) -> dict[str, list[str]]:
     configs = page_configs(nb, package.root)
     ways = reached(package.graph, page_imports(nb))
     if FINDS_EXPERIMENTS in ways:
-        names = found_by_name(nb, configs, package.root)
+        names = found_by_name(nb, configs, package)
         for name, way in reached(package.graph, names).items():
             ways.setdefault(name, [FINDS_EXPERIMENTS, *way])
     return ways | {path.relative_to(package.root).as_posix(): [] for path in configs}

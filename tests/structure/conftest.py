@@ -30,13 +30,3 @@ def site(tmp_path_factory) -> Path:
     done = python("from lal.book.preview import main; main()", copy)
     assert done.returncode == 0, f"the pages can't be built:\n{done.stdout}{done.stderr}"
     return copy / "_preview"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    "With pytest-xdist, what needs one site or one wheel runs in one worker, so that each is built once."
-    for item in items:
-        for name in ("site", "installed", "copy"):
-            if name in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(name))
-                break

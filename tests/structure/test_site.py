@@ -1,5 +1,6 @@
 "The site: every page once in the sidebar, no link that leads nowhere, one plotly.js, a README that follows the front page."
 import os
+import shutil
 
 import yaml
 from lal.book import preview, readme
@@ -30,6 +31,13 @@ def test_every_notebook_has_its_page(site):
 def test_no_link_leads_nowhere(site):
     dead = preview.dead_links(site)
     assert not dead, "dead links, as page: address\n" + "\n".join(dead)
+
+
+def test_a_dead_link_on_a_built_page_is_found(site, tmp_path):
+    broken = shutil.copytree(site, tmp_path / "site")
+    page = broken / "book/cells.html"
+    page.write_text(page.read_text() + '<a href="#no-such-heading">x</a><a href="../core/nowhere.html">y</a>')
+    assert {"book/cells.html: #no-such-heading", "book/cells.html: ../core/nowhere.html"} <= set(preview.dead_links(broken))
 
 
 def test_figures_share_one_plotly(site):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from execnb.nbio import read_nb
-from lal.book import execute, preview, receipts, testing
+from lal.book import execute, receipts, testing
 from lal.book.imports import Package, against_the_arrows
 
 from conftest import ROOT, copy_checkout, python
@@ -92,13 +92,6 @@ def test_a_notebook_that_tests_leave_out_is_found(tmp_path, how):
         for cell in nb.cells:
             if cell.cell_type == "code": cell.source = "#| notest\n" + cell.source
     assert testing.left_out_of_tests(nb, path)
-
-
-def test_a_dead_link_on_a_built_page_is_found(site, tmp_path):
-    broken = shutil.copytree(site, tmp_path / "site")
-    page = broken / "book/cells.html"
-    page.write_text(page.read_text() + '<a href="#no-such-heading">x</a><a href="../core/nowhere.html">y</a>')
-    assert {"book/cells.html: #no-such-heading", "book/cells.html: ../core/nowhere.html"} <= set(preview.dead_links(broken))
 
 
 def test_a_failing_notebook_leaves_its_file_and_exits_nonzero(copy):
