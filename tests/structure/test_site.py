@@ -1,5 +1,6 @@
 "The site: every page once in the sidebar, no link that leads nowhere, one plotly.js, a README that follows the front page."
 import os
+import re
 import shutil
 
 import yaml
@@ -38,6 +39,12 @@ def test_a_dead_link_on_a_built_page_is_found(site, tmp_path):
     page = broken / "book/cells.html"
     page.write_text(page.read_text() + '<a href="#no-such-heading">x</a><a href="../core/nowhere.html">y</a>')
     assert {"book/cells.html: #no-such-heading", "book/cells.html: ../core/nowhere.html"} <= set(preview.dead_links(broken))
+
+
+def test_no_link_is_made_twice(site):
+    "nbdev links a name in backticks; inside a link that was written out, it leaves brackets behind."
+    doubled = [f"{page.relative_to(site)}: {found[0]}" for page in sorted(site.rglob("*.html")) if (found := re.findall(r"\[<code>.{0,80}", page.read_text()))]
+    assert not doubled, "links with a name in backticks as their text; write the name without them:\n" + "\n".join(doubled)
 
 
 def test_figures_share_one_plotly(site):
