@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
 
 from lal.core.device import generator
 from lal.curvature.chain import WHICH, Chain, height
@@ -174,13 +173,13 @@ def test_any_subspace(subspace):
 
 
 def test_a_missed_copy_is_rare():
-    "Each chain misses with a probability of 1/1250 at most; 200 matrices, five looks each: a binomial count, at a false alarm of 1e-6."
+    "Each chain misses with a probability of 1/1250 at most; 200 matrices, five looks each: at most two by a binomial count, at a false alarm of 5 %, on fixed seeds."
     missed = 0
     for seed in range(200):
         op = planted([*[3.0] * 3, *np.linspace(1, 2, 9), *(0.5 * BULK[:100]).tolist()], seed)
         found = eigsh(op, 8, tol=1e-4, seed=seed)
         missed += int((found.eigenvalues > 2.5).sum() < 3)
-    assert missed <= binom.isf(1e-6, 200 * 5, 1 / 1250)
+    assert missed <= 2
 
 
 def test_same_seed_same_bits():
