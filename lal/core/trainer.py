@@ -134,7 +134,7 @@ def stopped_at(recorder: Recorder) -> str:
     return f"stopped in epoch {s.epoch}, after step {s.step}"
 
 # %% ../../nbs/core/11_trainer.ipynb #f0b91268
-MAY_CHANGE = ("device", "threads", "until", "description")
+MAY_CHANGE = ("device", "threads", "until", "description", "hooks")
 
 
 def check_resume(
@@ -143,7 +143,7 @@ def check_resume(
     keys=None,  # compare these keys only; all when `None`
     source: str | None = None,  # where `wanted` came from, for the error
 ) -> Config:  # raises `ConfigError` on a contradiction
-    "The configuration to go on with: theirs, with device, threads and length as wanted."
+    "The configuration to go on with: theirs, with device, threads, length and hooks as wanted."
     for name in config_keys(theirs.experiment) if keys is None else keys:
         then, now = getattr(theirs, name), getattr(wanted, name)
         if name not in MAY_CHANGE and then != now:
@@ -151,7 +151,8 @@ def check_resume(
             raise ConfigError(reason, name, now, source or theirs.name)
     device = theirs.device if wanted.device == "auto" else wanted.device
     threads, until = wanted.threads or theirs.threads, wanted.until or theirs.until
-    return with_values(theirs, device=device, threads=threads, until=until)
+    hooks = wanted.hooks
+    return with_values(theirs, device=device, threads=threads, until=until, hooks=hooks)
 
 # %% ../../nbs/core/11_trainer.ipynb #2e5793c6
 def restore(recorder: Recorder) -> dict[str, int]:
@@ -161,11 +162,10 @@ def restore(recorder: Recorder) -> dict[str, int]:
         return {}
     saved, file = found
     if "hooks" in saved and recorder.hooks is None:
-        reason = "the run was watched by hooks: give them again, as hooks=…"
-        raise ConfigError(reason, source=str(folder.path))
+        warnings.warn("the run goes on without the hooks it had", stacklevel=2)
     try:
         s.restore(saved)
-        if "hooks" in saved:
+        if "hooks" in saved and recorder.hooks is not None:
             call(recorder.hooks, "load_state_dict", saved["hooks"])
         recorder.seconds, s.best, rows = saved["seconds"], saved["best"], saved["rows"]
     except ConfigError:

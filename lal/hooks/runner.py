@@ -6,7 +6,7 @@
 __all__ = ['Dispatcher', 'check_hooks', 'fresh_copy', 'Hooks']
 
 # %% ../../nbs/hooks/05_runner.ipynb #4b6c6065
-import copy, json, warnings
+import copy, json, math, warnings
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -15,6 +15,7 @@ import pandas as pd
 from ..core.config import Config
 from ..core.device import rng_states
 from ..core.errors import ConfigError, HookError
+from ..core.files import digest
 from ..core.run import RunFolder
 from lal.core.state import (
     POINTS,
@@ -33,7 +34,6 @@ from lal.hooks.hook import (
     Schedule,
     available_metrics,
     declaration,
-    events_of,
     fires_at_steps,
     fires_too_late,
     never_fires,
@@ -52,7 +52,7 @@ from .view import Batch, GradientBuffer, HookState, load_reference
 
 # %% ../../nbs/hooks/05_runner.ipynb #de355a8a
 class Dispatcher:
-    "Calls the hooks that are due at an event, each under the guard."
+    "Calls the hooks that are due at an event, under one guard."
 
     def __init__(
         self,
@@ -63,81 +63,99 @@ class Dispatcher:
         on_error: str = "stop",  # or "skip"
         offload: bool = False,  # keep what hooks remember on the CPU
         profile: Profile | None = None,
+        verify: str = "first",  # or "always": compare bits at each call
     ):
-        self.hooks, self.view, self.schedule, self.rows = hooks, view, schedule, rows
+        self.view, self.schedule, self.rows = view, schedule, rows
         self.on_error, self.offload, self.profile = on_error, offload, profile
+        self.hooks_of = {e: [h for h in hooks if hasattr(h, e)] for e in POINTS}
+        self.of_steps = [h for h in hooks if fires_at_steps(h)]
         self.gradients = GradientBuffer(hooks, schedule, offload)
-        self.due: set[str] = set()  # at the step at hand
-        self.checked: set[tuple[str, str]] = set()  # hooks and events called before
+        self.due: list[Hook] = []  # at the step at hand
+        self.verify, self.verified = verify, set()  # hooks and events called before
 
-    def fire(self, event: str) -> None:
-        "Call every hook that is due. Raises `HookError`."
+    def fire(self, event: str, states: dict | None = None) -> None:
+        "Call every hook that is due. `states`: the generators', before the step used them. Raises `HookError`."
         view = self.view
         view.show(stepped=event not in (PRE_EPOCH, PRE_STEP))
         if event == PRE_EPOCH:
             view.show(batch=None, previous_grad=None)
-        if event == PRE_STEP:
-            self.begin_step(view.train_state)
-        if event == POST_STEP:
-            self.gradients.add(view)
-        for hook in self.hooks:
-            if hasattr(hook, event) and self.is_due(hook, event):
-                self.call(hook, event)
-        if event == POST_STEP:
-            self.gradients.after_step(view)
-        if event == POST_EPOCH:
+            self.gradients.begin_epoch(view)
+        elif event == PRE_STEP:
+            self.begin_step(view.train_state, states)
+        elif event == POST_EPOCH:
             self.gradients.end_epoch(view)
+        due = [hook for hook in self.hooks_of[event] if self.is_due(hook, event)]
+        if due:
+            self.call(due, event)
+        if event == POST_STEP:
+            self.gradients.after_step(view, self.due_next(view.train_state))
 
-    def begin_step(self, state: TrainState) -> None:
+    def begin_step(self, state: TrainState, states: dict | None) -> None:
         "What is due at this step, and its batch, with the generators' states if an intervention is."
-        of_steps = filter(fires_at_steps, self.hooks)
-        step, epoch = state.step, state.epoch
-        due = [h for h in of_steps if self.schedule.due_step(h, step, epoch)]
-        lends = any(hook.kind != "observer" for hook in due)
-        self.due = {hook.name for hook in due}
-        states = rng_states(state.device) if lends else None
+        step, epoch, due = state.step, state.epoch, self.schedule.due_step
+        self.due = [h for h in self.of_steps if due(h, step, epoch)]
+        lends = any(hook.kind != "observer" for hook in self.due)
+        states = (states or rng_states(state.device)) if lends else None
         self.view.show(batch=Batch(state.batch, states))
         self.gradients.before_step(self.view)
 
+    def due_next(self, state: TrainState) -> bool:
+        "Whether a hook that needs this step's gradient may fire at the next step."
+        epochs = [state.epoch]
+        if self.schedule.unit == "epoch":  # a loop of one's own may begin a new one
+            order = state.batches
+            begins = [True, False] if order is None else [order.at_start]
+            epochs = [state.epoch + new for new in begins]
+        due = self.schedule.due_step
+        return any(
+            due(h, state.step + 1, e) for h in self.gradients.of_step for e in epochs
+        )
+
     def is_due(self, hook: Hook, event: str) -> bool:
         "Whether a hook fires now."
+        view = self.view
+        if hook.needs & Needs.PREVIOUS_GRAD and view.previous_grad is None:
+            return False
+        if hook.needs & Needs.EPOCH_GRAD and view.epoch_grad is None:
+            return False
         if event in (PRE_STEP, POST_STEP):
-            return hook.name in self.due
+            return hook in self.due
         if event == SNAPSHOT:
-            return hook.in_window(self.view.epoch)
-        if event == POST_EPOCH and hook.needs & Needs.EPOCH_GRAD:
-            if self.view.epoch_grad is None:
-                return False
-        return self.schedule.due_epoch(hook, self.view.epoch)
+            return hook.in_window(view.epoch)
+        return self.schedule.due_epoch(hook, view.epoch)
 
-    def call(self, hook: Hook, event: str) -> None:
-        "Call one hook, and stop the run if it has changed training."
+    def call(self, hooks: list[Hook], event: str) -> None:
+        "Call these hooks, and stop the run if one has changed training."
         view, state = self.view, self.view.train_state
-        complete = hook.kind != "observer" or (hook.name, event) not in self.checked
-        self.checked.add((hook.name, event))
-        foreign = not type(hook).__module__.startswith("lal.")  # ours don't draw
-        work = partial(self.measure, hook, event, complete)
-        if self.offload:
-            move(hook, state.device)
-        result, problem, changed = guarded(work, view, complete, complete or foreign)
-        if self.offload:
-            move(hook, "cpu")
-        where = event_label(hook, event, state)
+        called = {(hook.name, event) for hook in hooks}
+        complete = self.verify == "always" or not called <= self.verified
+        self.verified |= called
+        ours = all(type(h).__module__.startswith("lal.") for h in hooks)
+        others = complete or not ours  # ours don't draw from Python or NumPy
+        works = [partial(self.measure, hook, event, complete) for hook in hooks]
+        outcomes, changed, who = guarded(works, view, complete, others)
         if changed:
-            reason = f"changed {', '.join(changed)}: a hook may not touch training"
-            raise HookError(f"{where}: {reason}") from problem
-        if problem is not None:
-            self.failed(hook, where, problem)
-        elif result is not None:
-            self.rows.take(hook, event, state, result)
+            where = event_label(hooks[who[0]], event, state)
+            rest = "".join(f", or {hooks[k].name}," for k in who[1:])
+            reason = f"{where}:{rest} changed {', '.join(changed)}: a hook may not touch training"
+            raise HookError(reason) from outcomes[who[0]][1]
+        for hook, (result, problem) in zip(hooks, outcomes):
+            if problem is not None:
+                self.failed(hook, event_label(hook, event, state), problem)
+            elif result is not None:
+                self.rows.take(hook, event, state, result)
 
     def measure(self, hook: Hook, event: str, complete: bool) -> dict | None:
         "What a hook returns; with a complete check also whether a checkpoint can hold it."
         device, on = self.view.device, self.profile
+        if self.offload:
+            move(hook, device)
         with on.timed(hook, event, device) if on else nullcontext():
             result = getattr(hook, event)(self.view)
         if complete:
             to_checkpoint(remembered(hook), f"hook {hook.name}: ")
+        if self.offload:
+            move(hook, "cpu")
         return result
 
     def failed(self, hook: Hook, where: str, error: Exception) -> None:
@@ -153,18 +171,11 @@ class Dispatcher:
 
 # %% ../../nbs/hooks/05_runner.ipynb #63320157
 def check_hooks(hooks: list) -> None:
-    "Raise `ConfigError` unless each can fire, has a name of its own, and metrics that rows can hold."
+    "Raise `ConfigError` unless each has a name of its own."
     names = [hook.name for hook in hooks]
-    for hook in hooks:
-        if not events_of(hook):
-            reason = f"has none of the methods {', '.join(POINTS)}"
-            raise ConfigError(f"hook {hook.name} {reason}, so it would never fire")
-        if names.count(hook.name) > 1:
-            raise ConfigError(f"two hooks are called {hook.name}")
-        own = {metric.name for metric in hook.metrics}
-        if taken := {"epoch", "step", "run", "filename"} & own:
-            reason = f"hook {hook.name}: no metric may be called {taken.pop()}: tables have it"
-            raise ConfigError(reason)
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two hooks are called {name}")
 
 # %% ../../nbs/hooks/05_runner.ipynb #073b7229
 def fresh_copy(hook: Hook) -> dict:
@@ -188,58 +199,77 @@ class Hooks:
         reference: str | Path | Params | None = None,  # see `load_reference`
         profile: bool = False,  # measure wall time; waits for the device at each call
         offload: bool = False,  # keep what hooks remember on the CPU
+        verify: str = "first",  # compare bits at first calls, or "always"
     ):
-        if on_error not in ("stop", "skip"):
-            raise ConfigError("must be one of stop, skip", "on_error", on_error)
+        for key, value, known in (
+            ("on_error", on_error, ("stop", "skip")),
+            ("verify", verify, ("first", "always")),
+        ):
+            if value not in known:
+                raise ConfigError(f"must be one of {', '.join(known)}", key, value)
         check_hooks(hooks)
         self.hooks, self.sinks, self.wanted = list(hooks), list(sinks), reference
-        self.on_error, self.profiled, self.offload = on_error, profile, offload
-        self.fresh = [fresh_copy(hook) for hook in self.hooks]
+        self.how = {"on_error": on_error, "offload": offload, "verify": verify}
+        self.profiled, self.fresh = profile, [fresh_copy(hook) for hook in self.hooks]
         self.view: HookState | None = None
+        self.calls: Dispatcher | None = None
         self.rows, self.times = MetricBuffer({}), Profile()
 
     def check(self, config: Config | None, state: TrainState, root=None) -> None:
-        "Begin as new, for a run. Raises `ConfigError` when a hook can't work on it."
+        "Begin as new, for a run of the trainer. Raises `ConfigError` when a hook can't work on it."
+        schedule = Schedule() if config is None else Schedule.of(config)
+        self.begin(state, schedule, 0 if config is None else config.seed, root)
+
+    def begin(self, state: TrainState, schedule: Schedule, seed=0, root=None) -> None:
+        "Begin as new. Raises `ConfigError` when a hook can't work on this state, or with this schedule."
         for hook, fresh in zip(self.hooks, self.fresh):
             vars(hook).clear()
             vars(hook).update(copy.deepcopy(fresh))
-            if config is not None and (reason := never_fires(hook, config)):
+            if reason := never_fires(hook, schedule):
                 raise ConfigError(f"hook {hook.name} {reason}")
-        view = self.view = HookState(state, 0 if config is None else config.seed)
-        if self.wanted is not None:
-            view.show(reference=load_reference(self.wanted, root, state))
-        there, names = view.reference is not None, [*view.trainable()]
+        self.schedule, self.view = schedule, HookState(state, seed)
+        self.mark = None  # the digest of the reference
+        needed = any(hook.needs & Needs.REFERENCE for hook in self.hooks)
+        if needed and self.wanted is not None:
+            reference = load_reference(self.wanted, root, state)
+            self.view.show(reference=reference)
+            self.mark = digest(reference)
+        there, names = self.mark is not None, [*self.view.trainable()]
         self.metrics, columns = {}, {}
         for hook in self.hooks:
             metrics = available_metrics(hook, there, state.experiment)
-            columns[hook.name] = [c for m in metrics for c in m.columns(names)]
+            columns[hook.name] = {c: m.range for m in metrics for c in m.columns(names)}
             self.metrics[hook.name] = metrics
         self.rows, self.times = MetricBuffer(columns, self.sinks), Profile()
-        self.schedule = Schedule(config)
-        how = self.on_error, self.offload, self.times if self.profiled else None
-        self.calls = Dispatcher(self.hooks, view, self.schedule, self.rows, *how)
+        profile = self.times if self.profiled else None
+        watched = self.hooks, self.view, schedule, self.rows
+        self.calls = Dispatcher(*watched, profile=profile, **self.how)
 
-    def open(self, folder: RunFolder) -> None:
-        "Begin to write into a run folder."
-        config, state = folder.config, self.view.train_state
-        self.rows.folder, self.schedule.config = folder, config
+    def open(self, folder: RunFolder, last: float | None = None) -> None:
+        "Begin to write into a run folder; `last`: the last unit, that of its configuration if not given."
+        schedule, state = self.schedule, self.view.train_state
+        self.rows.folder = folder
+        schedule.last = folder.config.last if last is None else last
         for hook in self.hooks:
-            if late := fires_too_late(hook, config, state):
-                warnings.warn(f"hook {hook.name} {late}", stacklevel=2)
             metrics, names = self.metrics[hook.name], [*self.view.trainable()]
             told = json.dumps(declaration(hook, metrics, names))
             folder.table(f"hooks/{hook.name}", {"lal.hook": told})
+            if schedule.last < math.inf:
+                order = state.batches
+                per_epoch = -(-order.n // (order.size or order.n))
+                if late := fires_too_late(hook, schedule, per_epoch):
+                    warnings.warn(f"hook {hook.name} {late}", stacklevel=2)
         for sink in self.sinks:
             sink.open(folder, self.rows.columns)
 
-    def fire(self, event: str, state: TrainState) -> None:
+    def fire(self, event: str, state: TrainState, states: dict | None = None) -> None:
         "Call every hook that is due. Raises `HookError`."
         if self.view is None:
             self.check(None, state)
         if state is not self.view.train_state:
             reason = "these hooks watch another training state"
             raise ConfigError(f"{reason}: make new ones for this one")
-        self.calls.fire(event)
+        self.calls.fire(event, states)
 
     def flush(self) -> None:
         "Hand over the rows that are still on the device."
@@ -260,15 +290,17 @@ class Hooks:
 
     def sizes(self) -> dict[str, int]:
         "Bytes that each hook remembers now, and what is kept for all of them."
+        kept = self.calls.gradients.state_dict() if self.calls else None
         sizes = {hook.name: size_of(remembered(hook)) for hook in self.hooks}
-        return sizes | {"kept for hooks": size_of(self.calls.gradients.state_dict())}
+        return sizes | {"kept for hooks": size_of(kept)}
 
     def state_dict(self) -> dict:
         "What all hooks remember, and what is kept for them."
         kept, report = self.calls.gradients, self.rows.report
-        return hooks_memory(self.hooks, kept, self.view, report)
+        return hooks_memory(self.hooks, kept, self.mark, report)
 
     def load_state_dict(self, saved: dict) -> None:
-        "Go on from what `state_dict` gave. Raises `ConfigError` when it was given by other hooks."
-        check_resume(saved, self.hooks, self.view, self.wanted)
-        restore_memory(saved, self.hooks, self.calls.gradients, self.offload)
+        "Go on from what `state_dict` gave. Raises `ConfigError` when it was given beside another reference."
+        check_resume(saved, self.hooks, self.mark, self.wanted)
+        offload = self.how["offload"]
+        restore_memory(saved, self.hooks, self.calls.gradients, offload)

@@ -7,13 +7,14 @@ __all__ = ['TrainingMetrics', 'columns_now']
 
 # %% ../../nbs/hooks/11_training_metrics.ipynb #169279ab
 from ..core.experiment import Metric
-from .hook import COLUMN, Hook
+from .hook import COLUMN, Hook, Needs
 from .view import HookState
 
 # %% ../../nbs/hooks/11_training_metrics.ipynb #4459af6a
 class TrainingMetrics(Hook):
     "How does the loss go, step by step?"
 
+    needs = Needs.LOSS
     metrics = (
         Metric("loss", r"\ell_t", (None, None), "loss of the step's batch before the step"),
         Metric("lr", r"\eta_t", (0, None), "learning rate of the step"),

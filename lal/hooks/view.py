@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from ..core.device import generator, rng_states, set_rng_states
 from ..core.errors import ConfigError
 from ..core.files import load_checkpoint
 from ..core.run import RunFolder, newest_checkpoint
-from ..core.state import POST_EPOCH, TrainState, n_examples
+from ..core.state import POST_EPOCH, SNAPSHOT, TrainState
 from ..curvature.hvp import gradient, no_randomness
 from ..curvature.params import Params, batch_loss, check_alike
-from .hook import Hook, Needs, Schedule, fires_at_steps
+from .hook import Hook, Needs, Schedule
 
 # %% ../../nbs/hooks/02_view.ipynb #158286f8
 class Batch(NamedTuple):
@@ -69,7 +70,11 @@ class HookState:
             raise AttributeError(name)
         if name in OF_THE_STEP and not self.stepped:
             return None  # it is the last step's, and after a resume there is none
-        return getattr(self.train_state, name)
+        value = getattr(self.train_state, name)
+        if name == "loss" and value is None:
+            reason = "the loss of a step is there at post_step, for hooks that declare Needs.LOSS"
+            raise ValueError(reason)
+        return value
 
     def __setattr__(self, name, value):
         raise AttributeError(f"a hook may not set state.{name}")
@@ -181,75 +186,61 @@ class GradientBuffer:
 
     def __init__(self, hooks: list[Hook], schedule: Schedule, offload: bool = False):
         self.schedule, self.offload = schedule, offload
-        self.of_epoch = [
-            h for h in hooks if h.needs & Needs.EPOCH_GRAD and hasattr(h, POST_EPOCH)
-        ]
-        self.of_step = [
-            h for h in hooks if h.needs & Needs.PREVIOUS_GRAD and fires_at_steps(h)
-        ]
+        self.of_epoch = [h for h in hooks if h.needs & Needs.EPOCH_GRAD]
+        self.of_step = [h for h in hooks if h.needs & Needs.PREVIOUS_GRAD]
+        self.wanted = False  # whether this epoch's mean is, all its steps being seen
         self.sum: Params | None = None
         self.steps = 0  # in the sum
-        self.seen = 0  # steps of this epoch
         self.last: Params | None = None
         self.last_step: int | None = None
+
+    def begin_epoch(self, view: HookState) -> None:
+        "Begin a new sum, if a hook needs the mean after this epoch."
+        view.show(epoch_grad=None)
+        epoch, due = view.epoch, self.schedule
+        self.sum, self.steps = None, 0
+        self.wanted = any(
+            (hasattr(h, POST_EPOCH) and due.due_epoch(h, epoch))
+            or (hasattr(h, SNAPSHOT) and due.due_snapshot(h, epoch))
+            for h in self.of_epoch
+        )
 
     def before_step(self, view: HookState) -> None:
         "Show the gradient of the step before, if it was kept."
         here = self.last_step == view.train_state.step - 1
         view.show(previous_grad=moved(self.last, view.device) if here else None)
 
-    def add(self, view: HookState) -> None:
-        "Add this step's gradient to the epoch's; after its last step, show the mean."
-        if not self.of_epoch:
-            return
-        position, used = view.batches.position, n_examples(view.batch.data)
-        first = position == used or (position == 0 and used == view.batches.n)
-        self.seen += 1 if first or self.seen else 2  # joined half-way
-        due = any(self.schedule.due_epoch(h, view.epoch) for h in self.of_epoch)
-        if not due or self.steps + 1 != self.seen:  # part of an epoch has no mean
-            return
-        found, self.steps = view.unclipped(), self.steps + 1
-        for name, g in (self.sum or {}).items():
-            found[name] += g
-        self.sum = found
-        if view.batches.at_start:
-            view.show(epoch_grad={name: g / self.steps for name, g in found.items()})
-
-    def end_epoch(self, view: HookState) -> None:
-        view.show(epoch_grad=None)
-        self.sum, self.steps, self.seen = None, 0, 0
-
-    def after_step(self, view: HookState) -> None:
-        "Keep this step's gradient, if a hook needs it at the next."
-        s = view.train_state
-        due = any(self.schedule.due_next(h, s) for h in self.of_step)
-        self.last_step = s.step if due else None
-        self.last = view.unclipped() if due else None
+    def after_step(self, view: HookState, due_next: bool) -> None:
+        "Add this step's gradient to the epoch's, and keep it if a hook needs it at the next step."
+        if self.wanted and self.sum is None:
+            self.sum = view.unclipped()
+        elif self.wanted:
+            factor = view.train_state.clip_factor
+            for name, g in view.grads().items():
+                self.sum[name] += g if factor is None else g / factor
+        self.steps += self.wanted
+        self.last_step = view.train_state.step if due_next else None
+        self.last = view.unclipped() if due_next else None
         if self.offload:
             self.last = moved(self.last, "cpu")
 
+    def end_epoch(self, view: HookState) -> None:
+        "Show the mean of the epoch's gradients, until the next epoch begins."
+        if self.steps:
+            for g in self.sum.values():
+                g /= self.steps
+            view.show(epoch_grad=self.sum)
+        self.wanted, self.sum, self.steps = False, None, 0
+
     def state_dict(self) -> dict:
-        return {
-            "sum": self.sum,
-            "steps": self.steps,
-            "seen": self.seen,
-            "last": self.last,
-            "last_step": self.last_step,
-        }
+        names = ("wanted", "sum", "steps", "last", "last_step")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, saved: dict) -> None:
-        for name, value in saved.items():
-            setattr(self, name, value)
+        for name in self.state_dict():
+            setattr(self, name, saved.get(name))
 
 # %% ../../nbs/hooks/02_view.ipynb #5b42c500
 def moved(value, device: str | torch.device):
     "The same with every tensor on `device`."
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if type(value) is dict:
-        return {k: moved(v, device) for k, v in value.items()}
-    if type(value).__name__ == "Batch":
-        return type(value)(*moved(tuple(value), device))
-    if type(value) in (list, tuple):
-        return type(value)(moved(v, device) for v in value)
-    return value
+    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, value)
