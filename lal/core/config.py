@@ -346,9 +346,9 @@ def to_dict(config: Config) -> dict:
     return {**values, config.experiment: section}
 
 # %% ../../nbs/core/04_config.ipynb #5fb13437
-def to_yaml(config: Config) -> str:
-    "The configuration as YAML, every key included."
-    return write_yaml(to_dict(config))
+def to_yaml(config: Config | dict) -> str:
+    "The configuration as YAML, every key included; a mapping as it is."
+    return write_yaml(config if isinstance(config, dict) else to_dict(config))
 
 # %% ../../nbs/core/04_config.ipynb #df0b5a0e
 def with_values(config: Config, **changes) -> Config:

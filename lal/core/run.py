@@ -130,7 +130,7 @@ class RunFolder:
         values = as_written(a_mapping(read_yaml(file), str(file)))
         return make_config(values, source=str(file))
 
-    def write_config(self, config: Config) -> None:
+    def write_config(self, config: Config | dict) -> None:
         "Write `config.yaml`."
         text = to_yaml(config)
         write_whole(
@@ -220,12 +220,13 @@ def lock_run(path: Path):
 # %% ../../nbs/core/07_run.ipynb #518cfdc9
 def create_run(
     root: str | Path,
-    config: Config,  # its `name` becomes the folder's
+    config: Config | dict,  # its `name` becomes the folder's
     environment: dict,
     overwrite: bool = False,  # replace a run of that name
 ) -> RunFolder:  # raises `ConfigError` when the folder exists
     "A new folder `root/<name>` with configuration and environment. Whoever trains in it holds its lock already."
-    folder = RunFolder(Path(root) / config.name)
+    name = config["name"] if isinstance(config, dict) else config.name
+    folder = RunFolder(Path(root) / name)
     if os.path.lexists(folder.path):
         if not overwrite:
             reason = "exists already: resume it, overwrite it, or choose another name"
@@ -233,9 +234,9 @@ def create_run(
         if not replaceable(folder.path):
             reason = "is not a run folder, so it is left alone; choose another name"
             raise ConfigError(reason, source=str(folder.path))
-    begin = folder.path.with_name(f".{config.name}.new")
-    end = folder.path.with_name(f".{config.name}.{time.time_ns()}.old")
-    for left_over in (begin, *folder.path.parent.glob(f".{config.name}.*.old")):
+    begin = folder.path.with_name(f".{name}.new")
+    end = folder.path.with_name(f".{name}.{time.time_ns()}.old")
+    for left_over in (begin, *folder.path.parent.glob(f".{name}.*.old")):
         shutil.rmtree(left_over, ignore_errors=True)
     with writing(begin):
         begin.mkdir(parents=True)
