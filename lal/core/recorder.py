@@ -48,7 +48,8 @@ def measure(state: TrainState) -> dict[str, float]:
         reason = f"measured {wrong}; it declares {', '.join(declared)}"
         raise ConfigError(reason, source=f"experiment {experiment.name}")
     row = {name: float(found[name]) for name in declared if name in found}
-    row["lr"] = state.scheduler.get_last_lr()[0]
+    lr = state.optimizer.param_groups[0]["lr"]
+    row["lr"] = state.scheduler.get_last_lr()[0] if state.scheduler else lr
     return row | {"total_weight_norm": float(weight_norm(state.model))}
 
 # %% ../../nbs/core/10_recorder.ipynb #35ebdf74

@@ -9,8 +9,9 @@ __all__ = ['PRE_EPOCH', 'PRE_STEP', 'POST_STEP', 'POST_EPOCH', 'SNAPSHOT', 'POIN
 
 # %% ../../nbs/core/09_state.ipynb #9e0f734b
 import math
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Callable
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,7 @@ class Batches:
         self,
         data: Any,  # a nest of tensors `[N, …]`
         size: int | None,  # examples in a batch; all of them when `None`
-        orders: Callable,  # makes the iterator over permutations `[N]`
+        orders: Callable,  # of a generator: the iterator over permutations `[N]`
         rng: torch.Generator,  # what that iterator draws from
     ):
         self.data, self.size, self.n = data, size, n_examples(data)
@@ -120,13 +121,19 @@ class Batches:
     @classmethod
     def shuffled(cls, data: Any, size: int | None, seed: int) -> "Batches":
         "In a fresh random order each pass, drawn from the seed's stream `order`."
-        rng, n, device = generator(seed, "order"), n_examples(data), device_of(data)
+        n, device = n_examples(data), device_of(data)
 
-        def orders():
+        def orders(rng):
             while True:
                 yield torch.randperm(n, generator=rng).to(device)
 
-        return cls(data, size, orders, rng)
+        return cls(data, size, orders, generator(seed, "order"))
+
+    def copy(self) -> "Batches":
+        "The same data, in the same order from here on, with a generator of its own."
+        twin = Batches(self.data, self.size, self.orders, torch.Generator())
+        twin.load_state_dict(self.state_dict())
+        return twin
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +176,7 @@ class Batches:
         return self.data
 
     def _begin(self) -> None:
-        self._iterator = self._iterator or self.orders()
+        self._iterator = self._iterator or self.orders(self.rng)
         self._began = self.rng.get_state()
         self._order = next(self._iterator)
 
@@ -190,8 +197,8 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    batches: Batches
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    batches: Batches | None
     loss_fn: Callable[[nn.Module, Any], Tensor]  # of model and batch, to a scalar
     held_out: Any = None  # what is not trained on, in the experiment's own form
     experiment: Experiment | None = None  # none in a loop of one's own
@@ -202,8 +209,9 @@ class TrainState:
     loss: Tensor | None = None  # of the last step
     lr: float | None = None  # used by the last step
     grad_norm: Tensor | None = None  # before clipping; `None` without clipping
-    grad_clip: float | None = None  # the largest norm allowed in the last step
+    grad_clip: float | None = None  # the largest norm allowed
     row: dict | None = None  # of the history, at a log point
+    unit: str | None = None  # what the schedule counts: `epoch` or `step`
 
     @classmethod
     def create(
@@ -220,29 +228,38 @@ class TrainState:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda t: lr_factor(config, t)
         )
-        loss_fn = experiment.loss
-        return cls(model, optimizer, schedule, batches, loss_fn, held_out, experiment)
+        state = cls(model, optimizer, schedule, batches, experiment.loss, held_out)
+        state.experiment, state.unit = experiment, config.unit
+        state.grad_clip = config.grad_clip
+        return state
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        batches: Batches,
-        loss_fn: Callable[[nn.Module, Any], Tensor],
+        batches: Batches | None = None,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> "TrainState":
-        "The state of a loop of your own, at a constant learning rate."
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)
-        return cls(model, optimizer, schedule, batches, loss_fn)
+        "The state of a loop of your own, without a schedule."
+        return cls(model, optimizer, None, batches, loss_fn)
 
     @property
     def device(self) -> torch.device:
-        return self.batches.device
+        "The device of the model's first tensor; that of the batches if it has none."
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        return next(tensors, self.batches).device
+
+    def fork(self) -> "AbstractContextManager[TrainState]":
+        "A throw-away copy of training to make other steps on: `with state.fork() as twin:`."
+        from lal.core.fork import fork
+
+        return fork(self)
 
     @property
     def clip_factor(self) -> Tensor | None:
         "What clipping multiplied the last gradient by, as a device scalar; `None` without clipping."
-        if self.grad_clip is None:
+        if self.grad_clip is None or self.grad_norm is None:
             return None
         return (self.grad_clip / (self.grad_norm + 1e-6)).clamp(max=1.0)  # PyTorch's
 

@@ -24,17 +24,16 @@ def load_data(
     from lal.core.state import Batches
     from lal.modular.task import Task, encode, epoch_orders, make_split
 
-    c, rng = config, generator(config.seed, "order")
-    sizes = c.train_size, c.test_size
+    c, sizes = config, (config.train_size, config.test_size)
     task = Task(c.p, c.operation)
     split = make_split(task, c.train_frac, c.data_seed, *sizes, device)
     train, test = ((encode(e, encoding), e.y) for e in (split.train, split.test))
 
-    def orders():
+    def orders(rng):
         own = rng if c.ordering == "random" else generator(c.seed, "order")
         return epoch_orders(split.train, c.ordering, c.stride, own)
 
-    return Batches(train, c.batch_size, orders, rng), test
+    return Batches(train, c.batch_size, orders, generator(c.seed, "order")), test
 
 # %% ../../nbs/modular/04_experiment.ipynb #424b6c0f
 CHUNK = 65_536  # examples evaluated at once
