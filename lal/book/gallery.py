@@ -105,11 +105,16 @@ def positions(values: list[np.ndarray], axis: dict, length: int) -> list[np.ndar
     return [(v - low + margin) / span * length for v in values]
 
 # %% ../../nbs/book/12_gallery.ipynb #7e4f26a6
-def thumbnail(figure: dict, width: int = 640, height: int = 320, most: int = 160) -> str:
-    "The first panel of a plotly JSON figure as an SVG with at most so many points a trace."
+def thumbnail(
+    figure: dict,  # plotly JSON
+    width: int = 640,
+    height: int = 320,
+    most: int = 160,  # points of a trace
+) -> str:
+    "The first panel of a figure as an SVG."
     layout, traces, drawn = figure.get("layout", {}), panel(figure), []
-    ys = [numbers(t["y"]) for t in traces]
-    xs = [numbers(t["x"]) if "x" in t else np.arange(len(y)) for t, y in zip(traces, ys)]
+    ys = [numbers(trace["y"]) for trace in traces]
+    xs = [numbers(t.get("x", [*range(len(y))])) for t, y in zip(traces, ys)]
     xs = positions(xs, layout.get("xaxis", {}), width)
     ys = positions(ys, layout.get("yaxis", {}), height)
     for trace, x, y in zip(traces, xs, ys):
@@ -119,8 +124,8 @@ def thumbnail(figure: dict, width: int = 640, height: int = 320, most: int = 160
         kept = thin(y, most) if lines else slice(None, None, 1 + len(y) // most)
         points = [f"{a:.0f} {b:.0f}" for a, b in zip(x[kept], y[kept])]
         path = "M" + "L".join(points) if lines else "".join(f"M{p}h0" for p in points)
-        look = trace.get("line" if lines else "marker", {})
-        color = look.get("color") if isinstance(look.get("color"), str) else "currentColor"
+        color = trace.get("line" if lines else "marker", {}).get("color")
+        color = color if isinstance(color, str) else "currentColor"
         size = 4 if lines else 8
         drawn.append(f'<path d="{path}" stroke="{color}" stroke-width="{size}"/>')
     title = html.escape(figure_title(figure)[0].replace("<br>", " "))
