@@ -61,6 +61,7 @@ class Hook:
     needs = Needs.NONE
     metrics: tuple[Metric, ...] = ()
     lead_in = 0  # epochs before each due one at which it fires too
+    minimal = False  # whether it is cheap enough for the set `minimal`
 
     every_n_steps: Annotated[
         Count, doc("steps from one firing or burst to the next")

@@ -91,7 +91,7 @@ def members(which: str) -> list[str]:
     kinds = {"observers": {"observer"}, "interventions": {"intervention"}}
     kinds["full"] = kinds["observers"] | kinds["interventions"]
     if which == "minimal":
-        return [n for n, hook in REGISTRY.items() if getattr(hook, "minimal", False)]
+        return [n for n, hook in REGISTRY.items() if hook.minimal]
     return [n for n, hook in REGISTRY.items() if hook.kind in kinds.get(which, ())]
 
 # %% ../../nbs/hooks/07_registry.ipynb #a07a61e5
