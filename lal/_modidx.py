@@ -431,7 +431,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lal.core.fork.copies': ('core/fork.html#copies', 'lal/core/fork.py'),
                                'lal.core.fork.follow': ('core/fork.html#follow', 'lal/core/fork.py'),
                                'lal.core.fork.fork': ('core/fork.html#fork', 'lal/core/fork.py'),
-                               'lal.core.fork.parts': ('core/fork.html#parts', 'lal/core/fork.py'),
                                'lal.core.fork.refuse_hooks': ('core/fork.html#refuse_hooks', 'lal/core/fork.py'),
                                'lal.core.fork.set_all_rng_states': ('core/fork.html#set_all_rng_states', 'lal/core/fork.py'),
                                'lal.core.fork.uncopied': ('core/fork.html#uncopied', 'lal/core/fork.py'),
