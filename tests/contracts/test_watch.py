@@ -1,12 +1,19 @@
 "Hooks on a loop of one's own: training bit for bit as nobody watched it, the trainer's rows, resumes, run folders, and one sentence for each loop that can't be right."
 import copy, functools, random
+from contextlib import nullcontext
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
+from sklearn.datasets import load_digits
 from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+from lal.analysis.runs import load_run
 from lal.core.config import load_config
-from lal.core.device import generator, rng_states, seeded
+from lal.core.device import deterministic, generator, rng_states, seeded, threads
 from lal.core.errors import ConfigError, HookError
 from lal.core.experiment import Metric, find_experiment
 from lal.core.files import digest
@@ -273,3 +280,162 @@ def test_a_loop_that_goes_on_from_its_own_checkpoint_gives_the_rows_of_one_that_
         with loop.run: logged(loop, at + 1, STEPS)
     assert loop.seen[-1] == end
     equal_tables(tables(loop.run), rows)
+
+
+# 3. The trainer's rows.
+
+LENGTHS = {
+    "epoch": ("epochs=20", "log_every=2", "hooks={norms: {}, consecutive: {}, training_metrics: {}, hessian: {every_n_steps: 40, burst_length: 11, displacement: true, per_parameter: true}}"),
+    "step": ("steps=100", "log_every=10", "warmup_epochs=0", "warmup_steps=20", "hooks={hessian: {every_n_steps: 40, burst_length: 11}, training_metrics: {every_n_steps: 3}}"),
+}
+
+
+@each_unit
+def test_on_the_quickstart_network_rows_are_those_of_the_trainer(unit, tmp_path):
+    config = load_config("quickstart", LENGTHS[unit], seeds=None, name="trained", device="cpu")
+    hooks = create_hooks(config)
+    Trainer(config, tmp_path, progress=False, hooks=hooks).fit()
+    with threads(config.threads), deterministic(), seeded(config.seed, "train"):
+        s = find_experiment("modular").build(config, CPU)
+        model, optimizer, loss_fn = s.model, s.optimizer, s.loss_fn
+        run = watch(model, optimizer, loss_fn, config.hooks, log_every=config.log_every, seed=config.seed, root=tmp_path, name="mine")
+
+        def step(batch):
+            with run.step(batch):
+                optimizer.zero_grad()
+                loss_fn(model, batch).backward()
+                run.clipped(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip), config.grad_clip)
+                optimizer.step()
+
+        with run:
+            for _ in range(config.length):
+                if unit == "step":
+                    step(s.batches.of_stream())
+                else:
+                    with run.epoch():
+                        for _ in range(5): step(s.batches.of_epoch())
+                s.scheduler.step()
+    for name in run.hooks.rows.columns:
+        ours, theirs = run.table(name), hooks.table(name)
+        common = [c for c in theirs if c in ours and (unit == "epoch" or c != "epoch")]  # the trainer counts passes over the data
+        pd.testing.assert_frame_equal(ours[common], theirs[common], check_exact=True)
+        assert {*ours} - {*theirs} == set() and len(ours) >= (9 if unit == "epoch" else 20)
+        assert {*theirs} - {*ours} <= ({"train_acc", "test_acc", "train_loss", "test_loss"} if name == "training_metrics" else set())
+    assert run.table("hessian").step.tolist() == [*range(41, 51), *range(81, 91)]
+    weights = (load_run(name, tmp_path).history.total_weight_norm.iloc[-1] for name in ("trained", "mine"))
+    assert next(weights) == next(weights)
+
+
+# 4. The numbers of `hessian` on a convolutional network and on GPT-2.
+
+
+def convolutional(dtype):
+    "118 parameters on 16 of the digits, with batch normalization and dropout."
+    x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
+    x = (x / 16).to(dtype).reshape(-1, 1, 8, 8)
+    layers = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Tanh(), nn.Dropout(0.3), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(8, 10)
+    return nn.Sequential(*layers).to(dtype), [(x[k : k + 16], y[k : k + 16]) for k in range(0, 64, 16)], lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])
+
+
+def gpt2(dtype, dropout=0.0, attention="eager"):
+    "GPT-2 with two layers of width 8; batches are dicts."
+    sizes = dict(n_embd=8, n_layer=2, n_head=2, n_inner=8, vocab_size=11, n_positions=8, bos_token_id=0, eos_token_id=0)
+    drop = {f"{part}_pdrop": dropout for part in ("resid", "embd", "attn")}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **drop, attn_implementation=attention))
+    ids = torch.randint(11, (4, 4, 8), generator=generator(0, "ids"))
+
+    def loss_fn(model, batch):  # transformers' own loss computes in float32
+        return F.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+    return model.to(dtype).train(), [{"input_ids": i} for i in ids], loss_fn
+
+
+def trained(make, options, watching=True):
+    "Four steps: the rows of `hessian`, the model, and weights and generators' states before each step with all that was there after it."
+    before, after = [], []
+    with seeded(0, "train"):
+        model, batches, loss_fn = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+        run = watch(model, optimizer, loss_fn, {"hessian": {"every_n_steps": 1, "burst_length": 1, **options}}) if watching else None
+        for batch in batches:
+            before.append(({n: p.detach().to(torch.float64, copy=True) for n, p in model.named_parameters()}, torch.get_rng_state()))
+            with run.step(batch) if run else nullcontext():
+                optimizer.zero_grad()
+                loss_fn(model, batch).backward()
+                optimizer.step()
+            after.append(digest([model.state_dict(), [p.grad for p in model.parameters()], torch.get_rng_state()]))
+        return run and run.table("hessian"), model, batches, loss_fn, before, after
+
+
+def dense(model, loss_fn, batch, params, states, hessian=True):
+    "Gradient and Hessian in float64 at these weights, with the mask of these states, one row at a time."
+    model, leaves = copy.deepcopy(model).double(), {n: t.clone().requires_grad_() for n, t in params.items()}
+    batch = tree_map(lambda t: t.double() if t.is_floating_point() else t, batch)
+
+    class Loss(nn.Module):
+        def __init__(self): super().__init__(), setattr(self, "model", model)
+
+        def forward(self): return loss_fn(self.model, batch)
+
+    with torch.random.fork_rng():
+        torch.set_rng_state(states)
+        loss = functional_call(Loss(), {f"model.{n}": t for n, t in leaves.items()}, ())
+    grads = torch.autograd.grad(loss, [*leaves.values()], create_graph=hessian)
+    g = torch.cat([t.flatten() for t in grads])
+    if not hessian: return g, None
+    rows = torch.autograd.grad(g, [*leaves.values()], torch.eye(len(g), dtype=g.dtype), is_grads_batched=True, materialize_grads=True)
+    return g.detach(), torch.cat([r.flatten(1) for r in rows], 1)
+
+
+NETWORKS = {"convolutional": convolutional, "gpt2": gpt2}
+EPSILON = 1e-3
+SCHEMES = {"exact": {"scheme": "exact"}, "forward": {"scheme": "forward", "epsilon": EPSILON, "check_every": None}}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_numbers_of_hessian_are_those_of_the_dense_matrix(network, dtype, scheme):
+    rows, model, batches, loss_fn, before, _ = trained(lambda: NETWORKS[network](dtype), SCHEMES[scheme])
+    n = sum(p.numel() for p in model.parameters())
+    assert rows.step.tolist()[-2:] == [3, 4] and n < 1200
+    for row in rows.to_dict("records")[-2:]:
+        a, b = row["step"] - 2, row["step"] - 1
+        (theta, drawn_a), (here, drawn_b) = before[a], before[b]
+        g_a = dense(model, loss_fn, batches[a], theta, drawn_a, False)[0]
+        g_b, H = dense(model, loss_fn, batches[b], theta, drawn_b, scheme == "exact")
+        used, size = dense(model, loss_fn, batches[b], here, drawn_b, False)[0], g_a.norm()
+        # A sum of n numbers rounds by about √n units; a gradient is made of some ten such sums, one after another.
+        rounding = torch.finfo(dtype).eps * 10 * n**0.5
+        of_g = rounding * max(g_b.norm(), size)
+        if scheme == "exact":
+            assert torch.allclose(H, H.T, atol=1e-12)
+            bent, of_bent = H @ g_a, rounding * torch.linalg.eigvalsh(H).abs().max() * size
+        else:  # the quotient in float64, and the rounding of two gradients
+            ahead = dict(zip(theta, unflattened(flattened(theta) + EPSILON * g_a / size, theta)))
+            bent = (dense(model, loss_fn, batches[b], ahead, drawn_b, False)[0] - g_b) * size / EPSILON
+            of_bent = 2 * of_g * size / EPSILON
+        cos, off = lambda x, y: x @ y / x.norm() / y.norm(), lambda name, value, bound: abs(row[name] - float(value)) <= float(bound)
+        assert off("content_norm", g_b.norm(), of_g) and off("observed_grad_norm", used.norm(), of_g)
+        assert off("entanglement_norm", bent.norm(), of_bent)
+        assert off("rayleigh_quotient", g_a @ bent / size**2, (of_bent + 2 * rounding * bent.norm()) / size)
+        assert off("batch_cossim", cos(g_a, g_b), 4 * of_g / min(g_b.norm(), size))
+        assert off("entanglement_content_cossim", cos(bent, g_b), 2 * of_bent / bent.norm() + 2 * of_g / g_b.norm())
+        assert of_bent < (0.25 if scheme == "forward" else 1e-2) * bent.norm()  # else these say little
+
+
+def flattened(params):
+    return torch.cat([t.flatten() for t in params.values()])
+
+
+def unflattened(vector, like):
+    return [part.view(t.shape) for part, t in zip(vector.split([t.numel() for t in like.values()]), like.values())]
+
+
+@pytest.mark.parametrize("make", [convolutional, functools.partial(gpt2, dropout=0.2), functools.partial(gpt2, dropout=0.2, attention="sdpa")], ids=["convolutional", "gpt2", "gpt2, sdpa"])
+def test_masks_statistics_and_generators_are_as_they_were(make):
+    sdpa = {"check_every": None} if getattr(make, "keywords", {}).get("attention") == "sdpa" else {"check_every": 1}
+    rows, *_, seen = trained(lambda: make(torch.float32), {"displacement": True, **sdpa})
+    *_, alone = trained(lambda: make(torch.float32), {}, watching=False)
+    assert seen == alone and len({*seen}) == 4
+    assert len(rows) >= 2 and ("relative_fd_error" in rows) == (sdpa["check_every"] is not None)
