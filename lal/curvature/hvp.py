@@ -136,13 +136,11 @@ class DrawnAs(TorchDispatchMode):
         if not widened and dtype != self.wide:
             return func(*args, **kwargs)
         if name == "native_dropout":
-            x, p, _ = args
             mask = func(*narrow, **kwargs)[1]
-            return x * mask / (1 - p), mask
+            return args[0] * mask / (1 - args[1]), mask
         if name not in FILLS.split() or (name == "normal" and widened):
             raise ValueError(f"aten::{name} draws other numbers in {self.wide}")
-        if dtype == self.wide:
-            kwargs = {**kwargs, "dtype": self.own}
+        kwargs |= {"dtype": self.own} if dtype == self.wide else {}
         found = func(*narrow, **kwargs)
         if name.endswith("_"):
             return args[0].copy_(found)
@@ -159,12 +157,11 @@ class DrawnAs(TorchDispatchMode):
 
 def _draws(func, args: tuple) -> bool:
     "Whether a call of an operation that can draw does: not with a probability of 0, nor outside training."
-    if func._schema.name == "aten::_fused_sdp_choice":
-        return False
     given = {a.name: a.default_value for a in func._schema.arguments}
-    given |= {a.name: value for a, value in zip(func._schema.arguments, args)}
-    off = any(given.get(p) == 0 for p in ("dropout", "dropout_p"))
-    return not off and all(given.get(t) is not False for t in ("train", "training"))
+    given |= dict(zip(list(given), args))
+    switches = ("dropout", "dropout_p", "train", "training")
+    chooses = func._schema.name == "aten::_fused_sdp_choice"
+    return not chooses and all(given.get(s, 1) != 0 for s in switches)
 
 # %% ../../nbs/curvature/02_hvp.ipynb #ebc05032
 def _following(f: Callable, params: Params, dtype: torch.dtype) -> Callable:
@@ -187,8 +184,7 @@ def _following(f: Callable, params: Params, dtype: torch.dtype) -> Callable:
             raise ValueError(f"f returned {value.dtype} for {dtype} params: {advice}")
         if numbers.drew and first.device.type != "cpu":
             if masked := _masked_attention(f(_leaves(params, first.dtype))):
-                text = f"{masked} draws another mask in {dtype}"
-                raise ValueError(f"{text}: give hvp a number for epsilon")
+                raise ValueError(f"{masked} draws another mask in {dtype}: {advice}")
         return value
 
     checked.numbers = numbers
@@ -199,9 +195,7 @@ ALONE = "the tensor"  # the name of a parameter that comes without one
 
 
 def gradient(
-    f: Callable[
-        [Params], Tensor
-    ],  # takes a dict of tensors (or one tensor) to a scalar
+    f: Callable[[Params], Tensor],  # of a dict of tensors (or one), to a scalar
     params: Params | Tensor,
     dtype: torch.dtype | None = None,  # to evaluate in; that of `params` if `None`
 ) -> Params | Tensor:  # like `params`, in the dtype of evaluation; raises `ValueError`
@@ -220,9 +214,8 @@ def gradient(
 def _check_float64(params: Params, dtype: torch.dtype) -> None:
     "MPS has no float64."
     if next(iter(params.values())).device.type == "mps" and dtype == torch.float64:
-        raise ValueError(
-            "MPS has no float64: give hvp a number for epsilon, or move params to the CPU"
-        )
+        advice = "give hvp a number for epsilon, or move params to the CPU"
+        raise ValueError(f"MPS has no float64: {advice}")
 
 # %% ../../nbs/curvature/02_hvp.ipynb #3bc3a0e1
 SCHEMES = ("forward", "central", "exact")
@@ -315,9 +308,8 @@ def _difference(
 class NotTwiceDifferentiable(ValueError):
     "An operation in f has no second derivative."
 
-    def __init__(self, reason: str):
-        advice = "use scheme = forward or central"
-        super().__init__(f"f can't be differentiated twice ({reason}): {advice}")
+    def __str__(self):
+        return f"f can't be differentiated twice ({self.args[0]}): use scheme = forward or central"
 
 
 def _graph(value: Tensor) -> set:
@@ -340,14 +332,11 @@ def _masked_attention(value: Tensor) -> str:
 def _check_graph(value: Tensor) -> bool:
     "Whether the graph has fused attention. Raises `NotTwiceDifferentiable` for what would give a false product."
     nodes, once = _graph(value), once_differentiable(lambda: None).__code__
-    for node in nodes:
-        cls = getattr(node, "_forward_cls", None)
-        if isinstance(node, BackwardCFunction) and cls is not None:
-            if getattr(cls.backward, "__code__", None) is once:
-                raise NotTwiceDifferentiable(f"{cls.__name__} is once_differentiable")
+    for own in (n._forward_cls for n in nodes if isinstance(n, BackwardCFunction)):
+        if getattr(own.backward, "__code__", None) is once:
+            raise NotTwiceDifferentiable(f"{own.__name__} is once_differentiable")
     if masked := _masked_attention(value):
-        reason = f"{masked} has a second derivative with another mask only"
-        raise NotTwiceDifferentiable(reason)
+        raise NotTwiceDifferentiable(f"{masked} has one with another mask only")
     return any("ScaledDotProduct" in node.name() for node in nodes)
 
 
@@ -383,16 +372,12 @@ def _exact(f: Callable, params: Params, v: Params) -> Params:
 
 # %% ../../nbs/curvature/02_hvp.ipynb #0c756e90
 def hvp(
-    f: Callable[
-        [Params], Tensor
-    ],  # takes a dict of tensors (or one tensor) to a scalar
+    f: Callable[[Params], Tensor],  # of a dict of tensors (or one), to a scalar
     params: Params | Tensor,  # θ, n scalars
     v: Params | Tensor,  # like `params`
     scheme: str = "forward",  # one of `SCHEMES`
     epsilon: float | None = None,  # length of the step; `STEPS`, in float64, if `None`
-    base: Params
-    | Tensor
-    | None = None,  # ∇f(θ) in the dtype of evaluation, for `forward`
+    base: Params | Tensor | None = None,  # ∇f(θ) in the dtype used, for `forward`
 ) -> Params | Tensor:  # like `params`; raises `ValueError`
     "Hv with H = ∇²f(θ), detached. Changes no tensor, no `.grad` and no random state."
     if isinstance(params, Tensor):
