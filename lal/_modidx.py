@@ -1084,6 +1084,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lal.hooks.loop.StepCheck': ('hooks/loop.html#stepcheck', 'lal/hooks/loop.py'),
                                 'lal.hooks.loop.StepCheck.__init__': ('hooks/loop.html#stepcheck.__init__', 'lal/hooks/loop.py'),
                                 'lal.hooks.loop.StepCheck.begin': ('hooks/loop.html#stepcheck.begin', 'lal/hooks/loop.py'),
+                                'lal.hooks.loop.StepCheck.changed_since': ('hooks/loop.html#stepcheck.changed_since', 'lal/hooks/loop.py'),
                                 'lal.hooks.loop.StepCheck.check_shapes': ('hooks/loop.html#stepcheck.check_shapes', 'lal/hooks/loop.py'),
                                 'lal.hooks.loop.StepCheck.compare': ('hooks/loop.html#stepcheck.compare', 'lal/hooks/loop.py'),
                                 'lal.hooks.loop.StepCheck.count': ('hooks/loop.html#stepcheck.count', 'lal/hooks/loop.py'),

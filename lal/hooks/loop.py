@@ -7,7 +7,7 @@ __all__ = ['WAYS_OUT', 'SAME', 'WatchedLoop', 'History', 'run_config', 'check_wa
            'first_gradient']
 
 # %% ../../nbs/hooks/08_loop.ipynb #843ac7f0
-import json
+import json, weakref
 import msgspec
 import pandas as pd
 import torch
@@ -173,7 +173,13 @@ class StepCheck:
         return [(n, id(p), p.shape, p.requires_grad) for n, p in self.model.named_parameters()]  # fmt: skip
 
     def gradients_now(self) -> list:
-        return [p.grad is not None and (id(p.grad), p.grad._version) for p in self.trained]  # fmt: skip
+        grads = [p.grad for p in self.trained]
+        return [(None, 0) if g is None else (weakref.ref(g), g._version) for g in grads]
+
+    def changed_since(self, before: list) -> bool:
+        "Whether a gradient is another tensor than before, or was written to."
+        pairs = zip(before, self.gradients_now())
+        return any(a is not b or v != w for (a, v), (b, w) in pairs)
 
     def begin(self) -> None:
         "Raise `LoopError` when the parameters are others than before."
@@ -190,11 +196,10 @@ class StepCheck:
     def end(self, late: bool) -> bool:
         "Whether a step was made; `late`: begun after backward. Raises `LoopError`."
         grads = [p.grad for p in self.trained if p.grad is not None]
-        now = self.gradients_now()
-        if self.calls and now != self.used:
+        if self.calls and self.changed_since(self.used):
             reason = "the gradients are not those that optimizer.step used: call optimizer.zero_grad() before backward, not after optimizer.step()"
             raise LoopError(reason)
-        if not grads or not late and now == self.before:
+        if not grads or not late and not self.changed_since(self.before):
             reason = "no gradient was computed inside the step: put zero_grad, backward and optimizer.step inside `with run.step(batch)`"
             raise LoopError(reason)
         if self.calls > 1:

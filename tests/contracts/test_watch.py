@@ -1,6 +1,7 @@
 "Hooks on a loop of one's own: training bit for bit as nobody watched it, the trainer's rows, resumes, run folders, and one sentence for each loop that can't be right."
 import copy, functools, random
 from contextlib import nullcontext
+from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
@@ -439,3 +440,374 @@ def test_masks_statistics_and_generators_are_as_they_were(make):
     *_, alone = trained(lambda: make(torch.float32), {}, watching=False)
     assert seen == alone and len({*seen}) == 4
     assert len(rows) >= 2 and ("relative_fd_error" in rows) == (sdpa["check_every"] is not None)
+
+
+# 5. Loops that can't be right: one sentence that says what to write.
+
+
+def mean_square(model, batch):
+    return model(batch).square().mean()
+
+
+ALWAYS = {"every_n_steps": 1, "burst_length": 1, "scheme": "exact"}
+
+
+class Small:
+    "A linear model, a batch, and a step in pieces."
+
+    def __init__(self, loss_fn=mean_square, hooks="training_metrics", model=None, optimizer=None, **options):
+        torch.manual_seed(0)
+        self.model = model or nn.Linear(3, 2)
+        self.optimizer = optimizer or torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.batch, self.loss_fn = torch.randn(4, 3), loss_fn
+        self.run = watch(self.model, self.optimizer, loss_fn, hooks, **options)
+
+    def do(self, words):
+        "What a step does, in this order."
+        for word in words.split():
+            match word:
+                case "zero": self.optimizer.zero_grad()
+                case "fill": self.optimizer.zero_grad(set_to_none=False)
+                case "back": mean_square(self.model, self.batch).backward()
+                case "step": self.optimizer.step()
+                case "clip": nn.utils.clip_grad_norm_(self.model.parameters(), 0.01)
+                case "value": nn.utils.clip_grad_value_(self.model.parameters(), 0.01)
+                case "twice": (2 * mean_square(self.model, self.batch)).backward()
+                case "other": mean_square(self.model, torch.ones(4, 3)).backward()
+                case "widen": self.model.weight = nn.Parameter(torch.zeros(3, 3))
+                case "more": self.model.more = nn.Parameter(torch.zeros(3))
+                case "freeze": self.model.bias.requires_grad_(False)
+                case "nested": self.run.begin_step(self.batch)
+                case "epoch": self.run.begin_epoch()
+                case "/epoch": self.run.end_epoch()
+                case "state": self.run.state_dict()
+                case "load": self.run.load_state_dict({"step": 1})
+                case "(": self.run.begin_step(self.batch)
+                case ")": self.run.end_step()
+                case "clipped": self.run.clipped(1.0, 1.0)
+                case "close": self.run.close()
+                case "log": self.run.log(acc=1.0)
+                case "raise": raise ZeroDivisionError
+        return self
+
+
+FINE = "( zero back step ) "
+STEPS_THAT_ARE_WRONG = {
+    "( ) ": "no gradient was computed inside the step: put zero_grad, backward and optimizer.step inside `with run.step(batch)`",
+    "zero back ( step )": "no gradient was computed inside the step",
+    "( zero step )": "no gradient was computed inside the step",
+    "( back zero step )": "no gradient was computed inside the step",
+    "( fill step )": "no gradient was computed inside the step",
+    FINE + "( step )": "no gradient was computed inside the step",
+    FINE + "( fill step )": "the gradients are zero when the step ends: call backward inside `with run.step(batch)`, after optimizer.zero_grad()",
+    "( zero back step zero )": "call optimizer.zero_grad() before backward, not after optimizer.step()",
+    "( zero back step fill )": "call optimizer.zero_grad() before backward, not after optimizer.step()",
+    FINE * 5 + "( zero back step fill )": "call optimizer.zero_grad() before backward, not after optimizer.step()",
+    "( zero back step back )": "call optimizer.zero_grad() before backward, not after optimizer.step()",
+    "( zero back )": "optimizer.step was not called inside the step: for accumulated gradients, one step holds all backward calls and one optimizer.step()",
+    "( zero back step zero back step )": "optimizer.step was called 2 times inside one step: enter run.step once for each",
+    "( zero back step step )": "optimizer.step was called 2 times inside one step",
+    FINE + "( back step )": "call optimizer.zero_grad() before each backward",
+    "( zero nested )": "a step begins inside a step, which has to end before",
+    "( epoch": "an epoch begins inside a step, which has to end before",
+    "epoch epoch": "an epoch begins inside an epoch, which has to end before",
+    "epoch ( /epoch": "an epoch ends that was not begun, or inside a step",
+    "/epoch": "an epoch ends that was not begun, or inside a step",
+    ")": "a step ends that was not begun",
+    "epoch " + FINE + "/epoch " + FINE: "some steps are inside `with run.epoch()` and others are not: put all of them inside, or none",
+    FINE + "epoch": "some steps are inside `with run.epoch()` and others are not",
+    "( zero back step widen )": "other parameters than at the first step, or others that train (weight): change it before that, or go on in a new run of watch",
+    FINE * 3 + "widen ( zero back step )": "(weight)",
+    FINE * 3 + "more ( zero back step )": "(their number)",
+    FINE * 3 + "freeze ( zero back step )": "(bias)",
+    "( zero back clip step )": "Tell clipping by run.clipped(norm, max_norm)",
+    "( zero back value step )": "is not that of loss_fn(model, batch)",
+    "( zero twice step )": "it is 2 times as long, at a cosine of 1.000",
+    "( zero other step )": "is not that of loss_fn(model, batch)",
+    "clipped": "run.clipped belongs inside the step whose gradient was clipped",
+    FINE + "clipped": "run.clipped belongs inside the step whose gradient was clipped",
+    "( state": "run.state_dict belongs between two steps, not inside one",
+    FINE + "load": "run.load_state_dict comes before the first epoch or step",
+    FINE + "close " + FINE: "the run is closed: put the loop inside `with watch(…) as run`, or call run.close() after it",
+    FINE + "close log": "the run is closed",
+    "close epoch": "the run is closed",
+}
+
+
+def one_line(error):
+    said = str(error.value)
+    assert said.strip() and "\n" not in said, said
+    return said
+
+
+@pytest.mark.parametrize("words", STEPS_THAT_ARE_WRONG)
+def test_a_step_that_can_not_be_right_is_one_sentence(words, tmp_path):
+    small = Small(root=tmp_path, name="wrong")
+    with pytest.raises(LoopError) as error, small.run: small.do(words)
+    assert STEPS_THAT_ARE_WRONG[words] in one_line(error)
+    if "close" in words or small.run.hooks is None: return
+    summary = load_run("wrong", tmp_path).summary  # and the run is readable
+    assert summary["status"] == "failed" and summary["error"] == str(error.value)
+    Small(root=tmp_path, name="wrong", overwrite=True).do(FINE).run.close()  # its lock is free
+
+
+LOSSES = {
+    "each example's": (lambda model, batch: model(batch).square().mean(1), "it must return one real scalar, and returned torch.float32 of shape [4]; end it with .mean()"),
+    "a number": (lambda model, batch: model(batch).square().mean().item(), "loss_fn(model, batch): f returned a float, not a scalar tensor"),
+    "of whole numbers": (lambda model, batch: (model(batch) > 0).sum(), "must return one real scalar"),
+    "detached": (lambda model, batch: model(batch).detach().square().mean(), "without detach or no_grad"),
+    "of another model": (lambda model, batch: OTHER(batch).square().mean(), "compute with its argument `model`, not with another name"),
+    "partly of another model": (lambda model, batch: model(batch).square().mean() + OTHER(batch).square().mean() * model.weight.sum(), "is not that of loss_fn(model, batch)"),
+    "not finite": (lambda model, batch: (model(batch).square().mean() - 9).sqrt(), "the gradient is not finite in weight, bias"),
+}
+OTHER = nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("which", LOSSES)
+def test_a_loss_that_can_not_be_right_is_one_sentence(which):
+    loss_fn, wanted = LOSSES[which]
+    with pytest.raises(LoopError) as error: Small(loss_fn).do(FINE)
+    assert wanted in one_line(error)
+
+
+def test_a_loss_that_names_the_live_model_computes_with_the_weights_it_is_given():
+    rows = []
+    for live in (False, True):
+        small = Small(hooks={"hessian": ALWAYS})
+        model = small.model
+        if live: small.run = watch(model, small.optimizer, lambda _, batch: mean_square(model, batch), {"hessian": ALWAYS})
+        rows.append(small.do(FINE * 4).run.table("hessian"))
+    pd.testing.assert_frame_equal(*rows, check_exact=True)
+
+
+class Odd:
+    name = "odd"
+
+
+REQUESTS = {
+    "a model": (dict(model=lambda x: x, optimizer="sgd"), "model is a function, not a torch.nn.Module"),
+    "an optimizer": (dict(optimizer="sgd"), "optimizer is a str, not a torch.optim.Optimizer"),
+    "another model's": (dict(optimizer=torch.optim.SGD(OTHER.parameters(), lr=0.1)), "the optimizer has none of the model's parameters: make it from model.parameters()"),
+    "data parallel": (dict(model=nn.DataParallel(OTHER), optimizer=torch.optim.SGD(OTHER.parameters(), lr=0.1)), "the model is split (DataParallel)"),
+    "a loss": (dict(loss_fn="cross_entropy"), "loss_fn = cross_entropy: must be a function of model and batch"),
+    "a hook": (dict(hooks="hesian"), "no hook or set is called 'hesian'; did you mean 'hessian'?"),
+    "a hook in a list": (dict(hooks=["norms", "x"]), "no hook or set is called 'x'"),
+    "an option": (dict(hooks={"hessian": {"epsilom": 1}}), "hooks.hessian.epsilom = 1: unknown option; did you mean 'epsilon'?"),
+    "an option's value": (dict(hooks={"hessian": {"epsilon": -1}}), "hooks.hessian.epsilon = -1"),
+    "options of a set": (dict(hooks={"full": {"epsilon": 1}}), "hooks.full = {epsilon: 1}: is a set, and has no options: give them to its hooks"),
+    "a class of hooks": (dict(hooks=[REGISTRY["norms"]]), "is no hook: give names, or instances such as Norms()"),
+    "no hook at all": (dict(hooks=[REGISTRY["norms"](), Odd()]), "is no hook: give names, or instances such as Norms()"),
+    "names and hooks": (dict(hooks=["hessian", REGISTRY["norms"]()]), "hessian is no hook: give names, or instances such as Norms()"),
+    "a hook without a list": (dict(hooks=REGISTRY["norms"]()), "must be a name, a list of names, or a mapping"),
+    "two hooks of a name": (dict(hooks=[REGISTRY["norms"](), REGISTRY["norms"]()]), "two hooks are called norms"),
+    "a sink": (dict(sinks=["json"]), "json"),
+    "on_error": (dict(on_error="go on"), "on_error = go on: must be one of stop, skip"),
+    "verify": (dict(verify="never"), "verify = never: must be one of first, always"),
+    "a name": (dict(name="a/b"), "name = a/b: "),
+    "log_every": (dict(log_every=0), "log_every = 0: must be a whole number, 1 or larger, or None"),
+    "log_every in words": (dict(log_every="often"), "log_every = often: must be a whole number, 1 or larger, or None"),
+    "snapshot_every": (dict(snapshot_every=2.5), "snapshot_every = 2.5: must be a whole number, 1 or larger, or None"),
+}
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+def test_a_request_that_can_not_be_right_is_one_sentence_before_the_loop_begins(what, tmp_path):
+    keys, wanted = REQUESTS[what]
+    with pytest.raises(ConfigError) as error: Small(**keys, root=tmp_path)
+    assert wanted in one_line(error) and not [*tmp_path.iterdir()]
+
+
+def test_hooks_of_epochs_in_a_loop_without_them_are_refused_by_name_and_left_out_of_a_set(tmp_path):
+    for hooks in ("norms", {"norms": {}}, [REGISTRY["norms"]()]):
+        small = Small(hooks=hooks, root=tmp_path)
+        with pytest.raises(ConfigError) as error: small.do(FINE)
+        assert "hook norms fires at the points of an epoch" in one_line(error) and "or put the steps inside `with run.epoch()`" in str(error.value)
+    assert not [*tmp_path.glob("*")]
+    for hooks in ("minimal", "full"):
+        small = Small(hooks=hooks).do(FINE)
+        assert "training_metrics" in small.run.hooks.rows.columns and "norms" not in small.run.hooks.rows.columns
+        with pytest.raises(ConfigError) as error: small.run.table("norms")
+        assert "no hook 'norms' watches this run; there are training_metrics" in one_line(error)
+    with pytest.raises(ConfigError) as error: Small().run.table("norms")
+    assert "no step was made yet" in one_line(error)
+
+
+@pytest.mark.parametrize("name", ["epoch", "step", "run", "filename"])
+def test_what_can_not_be_logged_is_one_sentence(name):
+    small = Small().do(FINE)
+    for numbers, wanted in (({name: 1}, f"run.log: {name} is a column that tables have: choose another name"), ({"acc": torch.ones(2)}, "run.log: acc is [2]"), ({"acc": "high"}, "run.log: acc is a str")):
+        with pytest.raises(ConfigError) as error: small.run.log(**numbers)
+        assert wanted in one_line(error)
+
+
+def test_a_reference_that_does_not_fit_is_one_sentence_and_nothing_is_lost(tmp_path):
+    for reference, wanted in (("nobody", "is neither a run nor a checkpoint"), ({"w": torch.ones(2)}, "the reference"), (tmp_path, "is neither a run")):
+        small = Small(hooks="hessian", reference=reference, root=tmp_path)
+        with pytest.raises(ConfigError) as error: small.do(FINE)
+        assert wanted in one_line(error) and not [*tmp_path.glob("watched")]
+
+
+def test_a_model_that_is_distributed_is_refused_in_one_sentence():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+        with pytest.raises(ConfigError) as error: Small(model=model)
+        assert "the model is split (DistributedDataParallel)" in one_line(error) and "watch the module inside" in str(error.value)
+        Small(model=model.module).do(FINE * 3)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# 6. Loops that are out of the ordinary and right.
+
+
+def perceptron(bend=nn.Tanh):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), bend(), nn.Linear(8, 2))
+
+
+def batches_of(n):
+    return torch.randn(n, 6, 3, generator=generator(0, "x"))
+
+
+ALL_HOOKS = {"hessian": ALWAYS, "norms": {}, "consecutive": {}, "training_metrics": {}}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("overflows, clip", [(2, None), (5, 0.5), (8, 0.5)])
+def test_a_step_that_a_scaler_leaves_out_is_no_step_and_gradients_are_unscaled(overflows, clip, fused):
+    "A scale that is a power of two changes no bit, so rows are those of the loop without it and without that batch."
+    def loop(scaled):
+        model, left = perceptron(nn.ReLU), False
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, enabled=scaled)
+        run = watch(model, optimizer, mean_square, ALL_HOOKS)
+        for epoch in batches_of(12).split(4):
+            with run.epoch():
+                for batch in epoch:
+                    if run.state.step + 1 == overflows and not left:
+                        batch, left = batch * 1e6, True
+                        if not scaled: continue
+                    with run.step(batch):
+                        optimizer.zero_grad()
+                        scaler.scale(mean_square(model, batch)).backward()
+                        if clip:  # else scaler.step unscales
+                            scaler.unscale_(optimizer)
+                            run.clipped(nn.utils.clip_grad_norm_(model.parameters(), clip), clip)
+                        scaler.step(optimizer)
+                        scaler.update()
+            run.log(scale=scaler.get_scale())
+        return run, model
+
+    (run, model), (alone, same) = loop(True), loop(False)
+    assert run.state.step == alone.state.step == 11 and run.history.scale.iloc[-1] == 2.0**99
+    assert digest(model.state_dict()) == digest(same.state_dict())
+    for name in ALL_HOOKS: pd.testing.assert_frame_equal(run.table(name), alone.table(name), check_exact=True)
+
+
+def test_a_step_that_raises_and_is_caught_is_no_step():
+    small = Small(hooks=[REGISTRY["training_metrics"](), REGISTRY["hessian"](**ALWAYS)])
+    for broken in ("raise", "zero raise", "zero back raise"):
+        small.do(FINE * 2)
+        with pytest.raises(ZeroDivisionError), small.run.step(small.batch): small.do(broken)
+    small.do(FINE)
+    assert small.run.table("training_metrics").step.tolist() == [*range(1, 8)]
+    assert small.run.table("hessian").step.tolist()[-5:] == [*range(3, 8)]
+
+
+@pytest.mark.parametrize("how", ["the model", "in place", "a part", "the loss"])
+def test_a_compiled_model_is_watched_with_exact_products(how):
+    def loop(compiled):
+        model, loss_fn = perceptron(), mean_square
+        if compiled:
+            if how == "the model": model = torch.compile(model, backend="aot_eager")
+            if how == "in place": model.compile(backend="aot_eager")
+            if how == "a part": model[0] = torch.compile(model[0], backend="aot_eager")
+            if how == "the loss": loss_fn = torch.compile(mean_square, backend="aot_eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with watch(model, optimizer, loss_fn, ALL_HOOKS) as run:
+            for epoch in batches_of(9).split(3):
+                with run.epoch():
+                    for batch in epoch:
+                        with run.step(batch):
+                            optimizer.zero_grad()
+                            loss_fn(model, batch).backward()
+                            optimizer.step()
+        return run
+
+    ours, theirs = loop(True), loop(False)
+    for name in ALL_HOOKS:
+        a, b = (run.table(name).rename(columns=lambda c: c.replace("._orig_mod", "")) for run in (ours, theirs))
+        pd.testing.assert_frame_equal(a, b, rtol=1e-4, atol=1e-5)  # the compiler may sum in another order
+    assert len(ours.table("hessian")) >= 7 and not [n for n, _ in ours.state.model.named_parameters() if n.startswith("_orig_mod")]
+
+
+def test_a_loss_in_half_precision_is_bit_for_bit_the_same_when_watched():
+    def loop(watched):
+        model, seen = perceptron(), []
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+
+        def loss_fn(model, batch):
+            with torch.autocast("cpu", torch.bfloat16): return model(batch).float().square().mean()
+
+        run = watch(model, optimizer, loss_fn, {"hessian": {**ALWAYS, "scheme": "exact"}, "training_metrics": {}}) if watched else None
+        for batch in batches_of(8):
+            with run.step(batch) if run else nullcontext():
+                optimizer.zero_grad()
+                loss_fn(model, batch).backward()
+                optimizer.step()
+            seen.append(digest([model.state_dict(), optimizer.state_dict()]))
+        return seen, run
+
+    (ours, run), (theirs, _) = loop(True), loop(False)
+    assert ours == theirs and run.table("training_metrics").loss.notna().all() and len(run.table("hessian")) >= 6
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.LBFGS])
+def test_a_closure_works_where_the_gradient_is_that_of_the_step_and_is_refused_elsewhere(make):
+    small, ours = Small(hooks={"hessian": ALWAYS}), Small(hooks={"hessian": ALWAYS})
+    optimizer = make(ours.model.parameters(), lr=0.1)
+    run = watch(ours.model, optimizer, mean_square, {"hessian": ALWAYS})
+
+    def closure():
+        optimizer.zero_grad()
+        loss = mean_square(ours.model, ours.batch)
+        loss.backward()
+        return loss
+
+    def loop():
+        for _ in range(4):
+            with run.step(ours.batch): optimizer.step(closure)
+
+    if make is torch.optim.SGD:
+        loop()
+        pd.testing.assert_frame_equal(run.table("hessian"), small.do(FINE * 4).run.table("hessian"), check_exact=True)
+        return
+    with pytest.raises(LoopError) as error: loop()
+    assert "is not that of loss_fn(model, batch)" in one_line(error)
+
+
+FORMS = {
+    "a dict": lambda x: ({"x": x, "about": "text", "n": 3, "none": None}, lambda b: b["x"]),
+    "nested tuples": lambda x: ((x, (x, [x])), lambda b: b[1][1][0]),
+    "a BatchEncoding": lambda x: (transformers.BatchEncoding({"x": x}), lambda b: b["x"]),
+    "an object": lambda x: (SimpleNamespace(x=x), lambda b: b.x),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_may_have_any_form(form):
+    rows = []
+    for take in (None, FORMS[form](None)[1]):
+        model = perceptron()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss_fn = mean_square if take is None else lambda model, batch: mean_square(model, take(batch))
+        with watch(model, optimizer, loss_fn, {"hessian": {**ALWAYS, "displacement": True}, "training_metrics": {}}, verify="always") as run:
+            for x in batches_of(6):
+                batch = x if take is None else FORMS[form](x)[0]
+                with run.step(batch):
+                    optimizer.zero_grad()
+                    loss_fn(model, batch).backward()
+                    optimizer.step()
+        rows.append((run.table("hessian"), run.table("training_metrics")))
+    for ours, theirs in zip(*rows): pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
