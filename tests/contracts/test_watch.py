@@ -831,7 +831,7 @@ def watched_run(root, name, unit="epoch", last=12, **options):
 def both(tmp_path_factory):
     "A root with a run of the trainer and two watched ones."
     root = tmp_path_factory.mktemp("both")
-    config = load_config("quickstart", ("epochs=3", "p=11"), seeds=None, name="trained", device="cpu", warmup_epochs=0)
+    config = load_config("quickstart", ("epochs=3", "p=11", "hooks=minimal"), seeds=None, name="trained", device="cpu", warmup_epochs=0)
     Trainer(config, root, progress=False, hooks=create_hooks(config)).fit()
     for unit in UNITS: watched_run(root, unit, unit)
     return root
