@@ -63,7 +63,17 @@ def norm(a: Params) -> Tensor:
 # %% ../../nbs/curvature/01_params.ipynb #f7d2fff5
 def cosine(a: Params, b: Params) -> Tensor:
     "⟨a, b⟩ / (‖a‖ ‖b‖) as a device scalar; `nan` when either is zero."
-    return dot(scale(1 / norm(a), a), scale(1 / norm(b), b))
+    check_alike(a, b)
+    one, other = (_unit([x[name].reshape(-1) for name in a]) for x in (a, b))
+    return (one * other).sum()
+
+
+def _unit(parts: list[Tensor]) -> Tensor:
+    "The tensors as one vector of length 1."
+    v = torch.cat(parts)
+    largest = v.detach().abs().amax() if len(v) else v.sum()
+    v = v / torch.where((largest > 0) & largest.isfinite(), largest, 1)
+    return v / torch.linalg.vector_norm(v)
 
 # %% ../../nbs/curvature/01_params.ipynb #178084ad
 def axpy(alpha: float | Tensor, x: Params, y: Params) -> Params:

@@ -35,12 +35,13 @@ def checksums(tensors: list[Tensor]) -> list[int]:
 def fingerprint(state: TrainState, complete: bool = True) -> dict:
     "What changes when training is touched: `{thing: mark}`. A complete one waits for the device."
     groups, model, order = state.optimizer.param_groups, state.model, state.batches
+    modules = [*model.modules()]
     weights = [p for group in groups for p in group["params"]]
     moments = [t for s in state.optimizer.state.values() for t in s.values()]
     parts = {
         "weights": weights,
         "gradients": [p.grad for p in weights if p.grad is not None],
-        "buffers": [*model.buffers()],
+        "buffers": [b for m in modules for b in m._buffers.values() if b is not None],
         "the optimizer's state": [t for t in moments if isinstance(t, Tensor)],
         "the data": tensors_in(
             [order and order.data, state.held_out, state.batch, state.loss]
@@ -55,14 +56,15 @@ def fingerprint(state: TrainState, complete: bool = True) -> dict:
             [v for k, v in group.items() if k != "params"] for group in groups
         ],
         "the schedule": state.scheduler and state.scheduler.last_epoch,
-        "the model's mode": [m.training for m in model.modules()],
+        "the model's mode": [m.training for m in modules],
     }
     if order:
         drawn = b"" if order.rng is None else order.rng.get_state().numpy().tobytes()
         found["the order of the data"] = order.position, order.passes, drawn
     if complete:
         parts["weights"] = [*model.parameters()]
-        found["weights"] += [p.requires_grad for p in parts["weights"]]
+    found["weights"] += [p.requires_grad for p in parts["weights"]]
+    if complete:
         for name in [*parts][:4]:
             found[name] += checksums(parts[name])
     return found
@@ -110,7 +112,7 @@ def guarded(
 
     before, marks = mark(complete), []
     for work in works:
-        if len(works) > 1:  # quick ones between them, to tell them apart
+        if others and len(works) > 1:  # quick ones between, to tell them apart
             marks.append(mark())
         outcomes.append(call(work))
     after = mark(complete)
@@ -125,7 +127,7 @@ def guarded(
 
 def _again(works: list, call: Callable, mark: Callable) -> list[int]:
     "Which of the works changes bits when it is called again; all of them if none does."
-    for k, work in enumerate(works):
+    for k, work in enumerate(works if len(works) > 1 else ()):
         before = mark(True)
         call(work)
         if mark(True) != before:

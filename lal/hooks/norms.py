@@ -25,20 +25,18 @@ class Norms(Hook):
     )  # fmt: skip
 
     def post_epoch(self, state: HookState) -> dict:
-        g = state.epoch_grad
+        g, norm, layers = state.epoch_grad, torch.linalg.vector_norm, {}
         sizes = flatten(g).abs()
         largest = sizes.max()
-        scale = torch.where(largest > 0, largest, 1)  # so that no square underflows
-        layers = {}
-        for name, t in g.items():
-            layers.setdefault(name.rpartition(".")[0] or name, []).append(t.flatten())
-        norms = {
-            f"norm/{layer}": scale * torch.linalg.vector_norm(torch.cat(parts) / scale)
-            for layer, parts in layers.items()
-        }
+        scale = torch.where(largest > 0, largest, 1)
+        scaled = sizes / scale  # so that no square underflows
+        for name, t in zip(g, scaled.split([t.numel() for t in g.values()])):
+            layers.setdefault(name.rpartition(".")[0] or name, []).append(t)
+        lengths = [norm(scaled), *(norm(torch.cat(parts)) for parts in layers.values())]
+        total, *others = scale * torch.stack(lengths)
         return {
-            "total_norm": scale * torch.linalg.vector_norm(sizes / scale),
+            "total_norm": total,
             "max_component": largest,
             "mean_component": sizes.mean(),
-            **norms,
+            **{f"norm/{layer}": length for layer, length in zip(layers, others)},
         }

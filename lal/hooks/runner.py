@@ -132,13 +132,13 @@ class Dispatcher:
         complete = self.verify == "always" or not called <= self.verified
         self.verified |= called
         ours = all(type(h).__module__.startswith("lal.") for h in hooks)
-        others = complete or not ours  # ours don't draw from Python or NumPy
+        others = complete or not ours  # ours are known, and draw from PyTorch alone
         works = [partial(self.measure, hook, event, complete) for hook in hooks]
         outcomes, changed, who = guarded(works, view, complete, others)
         if changed:
-            where = event_label(hooks[who[0]], event, state)
-            rest = "".join(f", or {hooks[k].name}," for k in who[1:])
-            reason = f"{where}:{rest} changed {', '.join(changed)}: a hook may not touch training"
+            names = " or ".join(hooks[k].name for k in who)
+            where = f"hook {names}, step {state.step} ({event})"
+            reason = f"{where}: changed {', '.join(changed)}: a hook may not touch training"
             raise HookError(reason) from outcomes[who[0]][1]
         for hook, (result, problem) in zip(hooks, outcomes):
             if problem is not None:

@@ -190,6 +190,7 @@ class GradientBuffer:
         self.of_step = [h for h in hooks if h.needs & Needs.PREVIOUS_GRAD]
         self.wanted = False  # whether this epoch's mean is, all its steps being seen
         self.sum: Params | None = None
+        self.live: list[tuple] = []  # each tensor of the sum with its parameter
         self.steps = 0  # in the sum
         self.last: Params | None = None
         self.last_step: int | None = None
@@ -198,7 +199,7 @@ class GradientBuffer:
         "Begin a new sum, if a hook needs the mean after this epoch."
         view.show(epoch_grad=None)
         epoch, due = view.epoch, self.schedule
-        self.sum, self.steps = None, 0
+        self.sum, self.steps, self.live = None, 0, []
         self.wanted = any(
             (POST_EPOCH in events_of(h) and due.due_epoch(h, epoch))
             or (SNAPSHOT in events_of(h) and due.due_snapshot(h, epoch, epoch))
@@ -215,14 +216,23 @@ class GradientBuffer:
         if self.wanted and self.sum is None:
             self.sum = view.unclipped()
         elif self.wanted:
-            factor = view.train_state.clip_factor
-            for name, g in view.grads().items():
-                self.sum[name] += g if factor is None else g / factor
+            self.add(view)
         self.steps += self.wanted
         self.last_step = view.train_state.step if due_next else None
         self.last = view.unclipped() if due_next else None
         if self.offload:
             self.last = moved(self.last, "cpu")
+
+    def add(self, view: HookState) -> None:
+        "Add this step's gradient, unclipped, to the epoch's in place."
+        if not self.live:
+            self.live = [(self.sum[name], p) for name, p in view.trainable().items()]
+        factor = view.train_state.clip_factor
+        for total, p in self.live:
+            if p.grad is not None and factor is None:
+                total += p.grad
+            elif p.grad is not None:
+                total.addcdiv_(p.grad, factor)
 
     def end_epoch(self, view: HookState) -> None:
         "Show the mean of the epoch's gradients, until the next epoch begins."
@@ -230,7 +240,7 @@ class GradientBuffer:
             for g in self.sum.values():
                 g /= self.steps
             view.show(epoch_grad=self.sum)
-        self.wanted, self.sum, self.steps = False, None, 0
+        self.wanted, self.sum, self.live, self.steps = False, None, [], 0
 
     def state_dict(self) -> dict:
         names = ("wanted", "sum", "steps", "last", "last_step")

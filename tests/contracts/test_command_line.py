@@ -233,16 +233,37 @@ def test_a_watched_run_leaves_a_table_for_each_hook_and_goes_on_as_it_began(tmp_
     run = tmp_path / "runs/x"
     assert sorted(p.name for p in (run / "hooks").iterdir()) == ["hessian.parquet", "norms.parquet", "training_metrics.parquet"]
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
-    had = "the run has hooks = training_metrics,norms,hessian"
-    for words, named in ((("--hooks", "full"), had), (("--set", "hooks=none"), had), (("--hook", "hessian.burst_length=5"), "hooks.hessian.burst_length = 5: the run has 4"),
-                         (("--hook", "hessian.epsilon=null"), "hooks.hessian.epsilon = null: the run has 0.0001"), (("--set", "hooks={norms: {}, hessian: {burst_length: 5}}"), "the run has 4"), (("--hook", "consecutive.from_epoch=0"), "hooks.consecutive")):
+    for words, named in ((("--hook", "hessian.burst_length=5"), "hooks.hessian.burst_length = 5: the run has 4"), (("--hook", "hessian.epsilon=null"), "hooks.hessian.epsilon = null: the run has 0.0001"),
+                         (("--set", "hooks={norms: {}, hessian: {burst_length: 5}}"), "the run has 4"), (("--hooks", "full", "--hook", "norms.every_n_epochs=3"), "hooks.norms.every_n_epochs = 3: the run has null")):
         refused = lal("train", "quickstart", "--name", "x", "--set", "seeds=null", "--resume", *words, cwd=tmp_path, expect=2)
         assert named in refused.stderr and "goes on as it began" in refused.stderr and refused.stderr.count("\n") == 1 and refused.stdout == "", refused.stderr
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
-    for words in ((), ("--hooks", "hessian,norms,training_metrics"), ("--set", "hooks=[norms, hessian]"), ("--hook", "hessian.epsilon=1e-4"), ("--set", "hooks.hessian={burst_length: 4}")):
+    for words in ((), ("--hooks", "hessian,norms,training_metrics"), ("--set", "hooks=[norms, hessian]"), ("--hook", "hessian.epsilon=1e-4"), ("--set", "hooks.hessian={burst_length: 4}"), ("--hooks", "full"), ("--set", "hooks=none")):
         assert "finished already" in lal("train", "quickstart", "--name", "x", "--set", "seeds=null", "--resume", *words, cwd=tmp_path).stdout
     lal("train", "quickstart", "--name", "x", "--set", "seeds=null", "--extra-epochs", "4", cwd=tmp_path)
     assert pd.read_parquet(run / "hooks/norms.parquet").epoch.tolist() == [4, 8, 12, 16, 20, 24, 28]
+
+
+def test_a_run_goes_on_with_the_hooks_that_are_named_and_else_with_those_it_has(tmp_path):
+    lal("train", "quickstart", *WATCHED, "--name", "x", cwd=tmp_path)
+    run, began = tmp_path / "runs/x", {"norms": {}, "hessian": {"every_n_steps": 20, "burst_length": 4}}
+    assert RunFolder(run).config.hooks == began
+    other, steps = "lal: warning: the run goes on with other hooks: ", len(pd.read_parquet(run / "hooks/hessian.parquet"))
+    for words, said, hooks in (
+        ((), "", began),
+        (("--hooks", "norms,consecutive"), f"{other}consecutive watches from here on, hessian no longer watches\n", {"training_metrics": {}, "norms": {}, "consecutive": {}}),
+        ((), "", {"training_metrics": {}, "norms": {}, "consecutive": {}}),
+        (("--hook", "hessian.every_n_steps=4"), f"{other}hessian watches from here on\n", {"training_metrics": {}, "norms": {}, "consecutive": {}, "hessian": {"every_n_steps": 4}}),
+        (("--hooks", "none"), "lal: warning: the run goes on without the hooks it had\n", {}),
+        (("--hooks", "norms"), "lal: warning: the run goes on with hooks; it had none\n", {"norms": {}}),
+    ):
+        done = lal("train", "quickstart", "--name", "x", "--set", "seeds=null", "--extra-epochs", "4", *words, cwd=tmp_path)
+        assert "".join(line + "\n" for line in done.stderr.splitlines() if "goes on" in line) == said, (words, done.stderr)
+        found = RunFolder(run).config.hooks
+        assert found.keys() - {"training_metrics"} == hooks.keys() - {"training_metrics"} and all(found[name].items() >= hooks[name].items() for name in found if name in hooks), words
+    assert pd.read_parquet(run / "hooks/norms.parquet").epoch.tolist() == [*range(4, 41, 4), 48]
+    assert pd.read_parquet(run / "hooks/consecutive.parquet").epoch.tolist() == [32, 36, 40]
+    assert len(pd.read_parquet(run / "hooks/hessian.parquet")) > steps  # none was lost
 
 
 def test_an_interrupted_watched_run_resumes_with_the_printed_line_and_has_the_same_rows(tmp_path):

@@ -1,16 +1,18 @@
 "The hook framework: bursts, resumes, and training that is bit for bit the same whoever watches it. Hooks that misbehave are named."
-import copy, csv, json, random, re, signal, subprocess, sys, warnings
+import copy, csv, json, random, re, shutil, signal, subprocess, sys, warnings
 from collections import Counter, OrderedDict, defaultdict
+from typing import Annotated
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
-import lal.core.run, lal.modular.models
+import lal.core.run, lal.hooks.runner, lal.modular.models
 from lal.core.config import make_config, one_per_seed, with_values
 from lal.core.errors import ConfigError, HookError, Interrupted, NonFiniteLoss
 from lal.core.experiment import Metric, find_experiment
-from lal.core.files import digest, load_checkpoint
+from lal.core.files import digest, load_checkpoint, save_checkpoint
+from lal.core.keys import doc
 from lal.core.recorder import measure
 from lal.core.run import RunFolder, checkpoints
 from lal.core.state import POINTS, POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, SNAPSHOT, train_step
@@ -18,9 +20,9 @@ from lal.core.trainer import Trainer
 from lal.curvature.params import axpy, norm
 from lal.hooks.consecutive import Consecutive
 from lal.hooks.hessian import Hessian
-from lal.hooks.hook import Hook, Needs, declared_options, events_of
+from lal.hooks.hook import Hook, Needs, Schedule, declared_options, events_of, fires_at_steps, never_fires
 from lal.hooks.norms import Norms
-from lal.hooks.registry import REGISTRY as HOOKS, create_hooks
+from lal.hooks.registry import REGISTRY as HOOKS, choose, create_hooks
 from lal.hooks.rows import MetricBuffer
 from lal.hooks.runner import Hooks
 from lal.hooks.training_metrics import TrainingMetrics
@@ -28,7 +30,14 @@ from lal.hooks.view import Batch, GradientBuffer, HookState
 
 UNITS = {"epoch": dict(epochs=15), "step": dict(steps=60)}  # four batches an epoch, the last one short
 BASE = dict(p=7, hidden_dim=8, n_layers=1, train_frac=0.7, batch_size=10, device="cpu", threads=1, seed=3, lr=3e-3, checkpoint_every=1000)
-BURSTS = {"hessian": {"every_n_steps": 20, "burst_length": 11, "check_every": 3, "displacement": True}}
+
+
+def example(cls):
+    "The options of a tiny run with which a registered hook is tried."
+    return cls.example() or ({"every_n_steps": 20, "burst_length": 11, "check_every": 3, "displacement": True} if cls is Hessian else {})
+
+
+BURSTS = {name: example(cls) for name, cls in HOOKS.items() if example(cls) and fires_at_steps(cls)}
 ALL = dict(hooks={"full": {}, **BURSTS}, sinks=["jsonl", "csv"], log_every=5)
 each_unit = pytest.mark.parametrize("unit", UNITS)
 
@@ -122,7 +131,7 @@ def test_a_burst_of_eleven_gives_ten_rows_across_the_ends_of_epochs(unit, straig
     assert rows.relative_fd_error.notna().tolist() == [k % 3 == 0 for k in range(20)]
     assert rows.epoch.tolist() == [-(-s // 4) if unit == "epoch" else (10 * s) // 34 for s in rows.step]
     metrics = RunFolder(straight[unit]).table("hooks/training_metrics").read()
-    assert metrics.step.tolist() == [*range(1, 61)]
+    assert metrics.step.tolist() == ([*range(10, 61, 10)] if unit == "epoch" else [*range(5, 61, 5)])
     at_log = metrics[metrics.test_acc.notna()].step.tolist()
     assert at_log == ([20, 40, 60] if unit == "epoch" else [*range(5, 61, 5)])
 
@@ -131,7 +140,10 @@ def test_pairs_of_epochs_at_every_log_point(straight):
     rows = RunFolder(straight["epoch"]).table("hooks/consecutive").read()
     assert rows.epoch.tolist() == [5, 10, 15] and rows.step.tolist() == [20, 40, 60]
     assert RunFolder(straight["epoch"]).table("hooks/norms").read().epoch.tolist() == [5, 10, 15]
-    assert RunFolder(straight["step"]).table_names() == ["history", "hooks/hessian", "hooks/training_metrics"]
+    for unit in UNITS:
+        names = choose("full", configure(unit))
+        assert RunFolder(straight[unit]).table_names() == ["history", *sorted(f"hooks/{name}" for name in names)] and {"hessian", "training_metrics"} <= {*names}
+        assert ("norms" in names) == (unit == "epoch")
 
 
 STOPS = {"epoch": [20, 25, 28, 30, 34, 38], "step": [20, 25, 30]}  # in and at the ends of a burst and of an epoch; in epochs 9 and 10, which `consecutive` compares
@@ -161,13 +173,56 @@ def test_a_burst_as_long_as_its_period_or_longer_lasts_from_the_first_burst_on(u
         assert hooks.table("odd").step.tolist() == [*range(begin, 61)]
 
 
-@each_unit
-def test_a_hook_that_would_begin_after_the_end_is_named_in_one_warning_and_has_no_row(unit, tmp_path):
-    for name, options, first in (("late", dict(every_n_steps=7, warmup_steps=57), 63), ("later", dict(every_n_steps=61), 61)):
-        hooks = Hooks([a_hook()(lambda self, state: {"fine": 1})(**options)])
-        with pytest.warns(UserWarning) as said: fit(configure(unit, name=name), tmp_path, hooks)
-        assert [str(w.message).partition(":")[0] for w in said] == [f"hook odd has its first row at step {first}, and the run has 60"]
-        assert not len(hooks.table("odd"))
+LATE = [  # the unit; what a hook declares and is told, what the run has, with which it never fires; and a change of either with which it does
+    *[(unit, {}, dict(every_n_steps=7, warmup_steps=57), {}, dict(warmup_steps=56)) for unit in UNITS],
+    *[(unit, {}, dict(every_n_steps=61), {}, dict(every_n_steps=60)) for unit in UNITS],
+    ("epoch", {}, dict(from_epoch=16), {}, dict(from_epoch=15)),
+    ("step", {}, dict(from_epoch=18), {}, dict(from_epoch=17)),  # pass 18 begins in step 60
+    ("epoch", {}, dict(every_n_steps=9, from_epoch=8, to_epoch=8), {}, dict(every_n_steps=10)),
+    ("step", {}, dict(every_n_steps=5, to_epoch=0), {}, dict(every_n_steps=4)),  # four steps begin in the first pass
+    ("epoch", dict(needs=Needs.PREVIOUS_GRAD), dict(to_epoch=1), dict(batch_size=None), dict(to_epoch=2)),
+    ("epoch", dict(point=POST_EPOCH), dict(from_epoch=16), {}, dict(from_epoch=15)),
+    ("epoch", dict(point=POST_EPOCH), dict(every_n_epochs=16), {}, dict(every_n_epochs=15)),
+    ("epoch", dict(point=PRE_EPOCH), dict(from_epoch=6, to_epoch=9), dict(log_every=5), dict(to_epoch=10)),
+    ("epoch", dict(point=SNAPSHOT), {}, dict(snapshot_every=16), dict(snapshot_every=15)),
+    ("epoch", dict(point=SNAPSHOT), dict(from_epoch=6, to_epoch=9), dict(snapshot_every=5), dict(to_epoch=10)),
+    ("step", dict(point=SNAPSHOT), dict(to_epoch=1), dict(snapshot_every=7), dict(to_epoch=2)),  # step 7 ends in pass 2
+]
+
+
+@pytest.mark.parametrize("unit, declared, options, keys, change", LATE)
+def test_a_hook_that_will_not_have_fired_at_the_end_is_named_in_one_warning_before_training_begins(unit, declared, options, keys, change, tmp_path):
+    def fitted(name, options, keys):
+        began, hooks = [], Hooks([a_hook(**declared)(lambda self, state: {"fine": 1})(**options)])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            around = Around(hooks, lambda point, state: began.append(len(said)))
+            Trainer(configure(unit, name=name, **keys), tmp_path, progress=False, hooks=around).fit()
+        return [str(w.message) for w in said], began[0], len(hooks.table("odd"))
+
+    said, before, rows = fitted("late", options, keys)
+    assert len(said) == before == 1 and not rows and "\n" not in said[0]
+    assert said[0].startswith(f"hook odd will not have fired at the end, {unit} {15 if unit == 'epoch' else 60}: change ")
+    for option, value in (options | {k: v for k, v in keys.items() if k in change}).items(): assert f"{option} = {value}" in said[0]
+    enough = fitted("enough", *({k: change.get(k, v) for k, v in given.items()} for given in (options, keys)))
+    assert enough[0] == [] and enough[2]
+
+
+def test_a_pair_of_which_only_the_first_lies_in_the_run_is_late(tmp_path):
+    for every, words in ((15, 0), (16, 1)):
+        hooks = Hooks([Consecutive(every_n_epochs=every)])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            fit(configure(name=f"{every}"), tmp_path, hooks)
+        assert len(said) == words and len(hooks.table("consecutive")) == 1 - words
+
+
+def test_log_points_of_a_run_that_counts_steps_are_firings_of_training_metrics(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hooks = Hooks([TrainingMetrics(every_n_steps=1000)])
+        fit(configure("step", log_every=20), tmp_path, hooks)
+    assert hooks.table("training_metrics").step.tolist() == [20, 40, 60]
 
 
 @each_unit
@@ -195,7 +250,7 @@ def test_a_checkpoint_at_every_epoch_and_a_second_stop(unit, straight, tmp_path)
 
 
 def test_text_files_hold_what_the_tables_hold(straight):
-    for name in ("hessian", "training_metrics", "norms", "consecutive"):
+    for name in choose("full", configure()):
         rows = RunFolder(straight["epoch"]).table(f"hooks/{name}").read()
         lines = (straight["epoch"] / f"hooks/{name}.jsonl").read_text().splitlines()
         sparse = [{k: v for k, v in row.items() if v == v} for row in rows.to_dict("records")]
@@ -251,8 +306,9 @@ def watched(config, root, hooks):
     return trainer, [*seen, digest(others())]
 
 
-def full(kind, **options):
-    watchers = [TrainingMetrics(), Norms(every_n_epochs=2), Consecutive(every_n_epochs=3), Hessian(**BURSTS["hessian"])]
+def full(kind, unit, **options):
+    "Every registered hook that fires in such a run, and one of this kind."
+    watchers = [cls(**{k: 2 for k in ("every_n_epochs",) if k in declared_options(cls)} | example(cls)) for cls in HOOKS.values() if not never_fires(cls, Schedule(unit, snapshot_every=10))]
     return Hooks([*watchers, kind()], on_error="skip", **options)
 
 
@@ -261,8 +317,7 @@ def full(kind, **options):
 @pytest.mark.parametrize("length", [dict(epochs=75), dict(steps=300)], ids=["epoch", "step"])
 def test_three_hundred_steps_are_bit_for_bit_those_that_nobody_watched(length, kind, dropout, tmp_path):
     keys = dict(length, log_every=20, checkpoint_every=25 if "epochs" in length else 100, snapshot_every=10, grad_clip=0.5)
-    hooks = full(kind)
-    if "steps" in length: hooks = Hooks([TrainingMetrics(), Hessian(**BURSTS["hessian"]), kind()], on_error="skip")
+    hooks = full(kind, "step" if "steps" in length else "epoch")
     alone, unseen = watched(configure(name="alone", **keys), tmp_path, None)
     seen_by, seen = watched(configure(name="seen", **keys), tmp_path, hooks)
     assert alone.state.step == 300 and len(hooks.table(hooks.hooks[-1].name)) == 200
@@ -312,18 +367,41 @@ def test_measuring_is_done_in_evaluation_mode_and_moves_no_statistics(unit, nois
     assert measure(state) == rows[0]  # the numbers are those of the network as it is used
 
 
-@pytest.mark.parametrize("name", HOOKS)
+each_hook = pytest.mark.parametrize("name", HOOKS)
+
+
+@each_hook
 @each_unit
 def test_every_hook_leaves_masks_and_running_statistics_as_they_were(name, unit, noisy, tmp_path):
     cls = HOOKS[name]
-    if unit == "step" and not {PRE_STEP, POST_STEP} & {*events_of(cls)}: return  # it never fires there
+    if never_fires(cls, Schedule(unit, snapshot_every=2)): return
     every = {key: 1 for key in ("every_n_steps", "burst_length", "every_n_epochs") if key in declared_options(cls)}
     alone = fit(configure(unit, name="alone", snapshot_every=2), tmp_path, None)
-    seen = fit(configure(unit, name="seen", snapshot_every=2, log_every=1, hooks={name: every}), tmp_path)
+    seen = fit(configure(unit, name="seen", snapshot_every=2, log_every=1, hooks={name: example(cls) | every}), tmp_path)
     assert len(seen.folder.table(f"hooks/{name}").read()) > 10
     equal_checkpoints(tmp_path / "alone", tmp_path / "seen", OF_TRAINING)
     flags = [[m.training for m in trainer.state.model.modules()] for trainer in (alone, seen)]
     assert flags[0] == flags[1]
+
+
+@each_hook
+@each_unit
+def test_every_hook_with_its_example_is_unseen_resumes_and_keeps_to_its_declaration(name, unit, dropout, tmp_path):
+    cls, keys = HOOKS[name], dict(log_every=5, snapshot_every=5, grad_clip=0.5)
+    if never_fires(cls, Schedule(unit, snapshot_every=5)): return
+    assert cls.example() == {k: v for k, v in cls.example().items() if k in declared_options(cls)}
+    made = lambda: Hooks([cls(**example(cls))], verify="always")
+    alone, unseen = watched(configure(unit, name="alone", **keys), tmp_path, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # ranges, names, numbers
+        trainer, seen = watched(configure(unit, name="seen", **keys), tmp_path, hooks := made())
+    assert seen == unseen and len(hooks.table(name)) and not hooks.problems
+    equal_checkpoints(tmp_path / "alone", tmp_path / "seen", OF_TRAINING)
+    pd.testing.assert_frame_equal(alone.folder.history, trainer.folder.history, check_exact=True)
+    fit(configure(unit, name="stopped", **keys), tmp_path, made(), stop=27)
+    fit(configure(unit, name="stopped", **keys), tmp_path, made(), resume=True)
+    equal_rows(tmp_path / "stopped", tmp_path / "seen")
+    equal_checkpoints(tmp_path / "stopped", tmp_path / "seen")
 
 
 # 3. One mask.
@@ -420,7 +498,7 @@ def test_gradients_are_kept_only_where_a_hook_needs_them(unit, monkeypatch, tmp_
     Trainer(config, tmp_path, progress=False, hooks=Around(hooks, after)).fit()
     kept = {*range(19, 30), *range(39, 50), 59, 60}  # for the next step; a run may be continued after 60
     observed = {*range(21, 31), *range(41, 51)}
-    epochs = {s for e in (4, 5, 9, 10, 14, 15) for s in range(4 * e - 3, 4 * e + 1)} if unit == "epoch" else set()
+    epochs = {4 * e - 3 for e in (4, 5, 9, 10, 14, 15)} if unit == "epoch" else set()  # one copy an epoch: further steps are added in place
     assert set(calls) == kept | observed | epochs
     assert len(calls) == len(kept) + len(observed) + len(epochs)
     assert lent == [*range(20, 31), *range(40, 51), 60]
@@ -540,12 +618,25 @@ def test_a_reference_by_name_path_or_dict_gives_solution_columns(which, finished
 def test_a_reference_is_a_copy():
     state = small_state()
     live = dict(state.model.named_parameters())
-    hooks = Hooks([Norms()], reference=live)
+    hooks = Hooks([Hessian()], reference=live)
     hooks.check(None, state)
     before = {k: t.clone() for k, t in live.items()}
     for _ in range(4): train_step(state, state.batches.of_epoch())
     assert not any(torch.equal(live[k], before[k]) for k in before)
     assert hooks.view.reference.keys() == before.keys() and all(torch.equal(hooks.view.reference[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_a_reference_is_loaded_and_hashed_once_and_only_for_a_hook_that_needs_it(needed, finished, monkeypatch):
+    loads, digests = [], []
+    for name, seen in (("load_reference", loads), ("digest", digests)):
+        work = getattr(lal.hooks.runner, name)
+        monkeypatch.setattr(lal.hooks.runner, name, lambda *given, work=work, seen=seen: seen.append(given) or work(*given))
+    for resume in (False, True):
+        hooks = Hooks([Hessian(**BURSTS["hessian"]) if needed else Norms()], reference="done" if needed else "nowhere")
+        fit(configure(name=f"needs_{needed}", checkpoint_every=1), finished, hooks, None if resume else 25, resume=resume)
+        assert len(loads) == len(digests) == needed * (1 + resume)
+        assert (hooks.view.reference is not None) == needed
 
 
 def test_a_trainer_with_hooks_in_its_configuration_wants_them():
@@ -701,13 +792,213 @@ def test_hooks_of_one_name_or_without_a_point_are_refused():
     with pytest.raises(ConfigError, match="never fire"): Hooks([type("Idle", (Hook,), {})()])
 
 
-def test_a_run_is_resumed_with_the_hooks_it_had(tmp_path):
-    hessian = lambda: Hessian(**BURSTS["hessian"])
-    fit(configure(), tmp_path, Hooks([Norms(), hessian()]), stop=9)
-    for hooks in (None, Hooks([Norms()]), Hooks([Norms(), hessian(), Consecutive()])):
-        with pytest.raises(ConfigError) as error: fit(configure(), tmp_path, hooks, resume=True)
-        assert "hooks" in str(error.value) and "\n" not in str(error.value)
-    fit(configure(), tmp_path, Hooks([hessian(), Norms()]), resume=True)
+def going_on(run, root, watchers, **keys):
+    "Resume a copy of a run with these hooks, or those of these keys; what was warned of, and the folder."
+    shutil.copytree(run, root / run.name)
+    config = configure(name=run.name, **keys)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        folder = fit(config, root, watchers, resume=True).folder
+    return [str(w.message) for w in said], folder
+
+
+OTHERS = [  # with which hooks a run of Norms and Hessian goes on, and what is said
+    ("norms", "the run goes on with other hooks: hessian no longer watches"),
+    ("norms hessian consecutive", "the run goes on with other hooks: consecutive watches from here on"),
+    ("training_metrics hessian", "the run goes on with other hooks: training_metrics watches from here on, norms no longer watches"),
+    ("", "the run goes on without the hooks it had"),
+    ("hessian norms", None),
+]
+
+
+@pytest.mark.parametrize("names, words", OTHERS)
+def test_a_run_goes_on_with_a_hook_more_or_less_and_one_line_says_so(names, words, tmp_path):
+    every = lambda name: {"every_n_epochs": 1} if name in ("norms", "consecutive") else example(HOOKS[name])
+    made = lambda names: Hooks([HOOKS[name](**every(name)) for name in names.split()]) if names else None
+    fit(configure(name="through"), tmp_path, made("norms hessian consecutive training_metrics"))
+    fit(configure(), tmp_path, made("norms hessian"), stop=27)  # in epoch 7, and in a burst
+    said, folder = going_on(tmp_path / "run", tmp_path / "on", made(names))
+    assert said == [words] * bool(words)
+    through = RunFolder(tmp_path / "through")
+    for name in {*names.split(), "norms", "hessian"}:
+        rows, whole = folder.table(f"hooks/{name}").read(), through.table(f"hooks/{name}").read()
+        if name not in names.split(): whole = whole[whole.step <= 27]
+        if name not in ("norms", "hessian"): whole = whole[whole.step > (28 if name == "consecutive" else 27)]  # it compares epoch 8 with epoch 7, whose mean was kept for norms
+        pd.testing.assert_frame_equal(rows, whole.reset_index(drop=True)[[*rows]], check_exact=True)
+    pd.testing.assert_frame_equal(folder.history, through.history, check_exact=True)
+
+
+def test_a_hook_that_comes_back_has_its_old_rows_and_remembers_nothing(tmp_path):
+    made = lambda *names: Hooks([HOOKS[name](**({"every_n_epochs": 1} if name != "hessian" else example(Hessian))) for name in names])
+    fit(configure(), tmp_path, made("norms", "hessian"), stop=25)
+    with pytest.warns(UserWarning, match="hessian no longer watches"): fit(configure(), tmp_path, made("norms"), stop=35, resume=True)
+    with pytest.warns(UserWarning, match="hessian watches from here on"): fit(configure(), tmp_path, made("norms", "hessian"), resume=True)
+    assert RunFolder(tmp_path / "run").table("hooks/hessian").read().step.tolist() == [*range(21, 26), *range(41, 51)]
+    assert RunFolder(tmp_path / "run").table("hooks/norms").read().epoch.tolist() == [*range(1, 16)]
+
+
+def test_a_run_without_hooks_goes_on_with_some_and_one_line_says_so(tmp_path):
+    fit(configure(), tmp_path, None, stop=27)
+    said, folder = going_on(tmp_path / "run", tmp_path / "on", Hooks([Norms(every_n_epochs=1)]))
+    assert said == ["the run goes on with hooks; it had none"]
+    assert folder.table("hooks/norms").read().epoch.tolist() == [*range(8, 16)]
+
+
+def test_through_the_configuration_hooks_come_and_go_and_one_that_stays_keeps_its_options(tmp_path):
+    began = {"norms": {"every_n_epochs": 1}, **BURSTS}
+    fit(configure(hooks=began), tmp_path, stop=27)
+    wanted = {"norms": {"every_n_epochs": 1}, "consecutive": {}}
+    said, folder = going_on(tmp_path / "run", tmp_path / "on", "its own", hooks=wanted)
+    assert said == ["the run goes on with other hooks: consecutive watches from here on, hessian no longer watches"]
+    assert folder.config.hooks == wanted and folder.table("hooks/norms").read().epoch.tolist() == [*range(1, 16)]
+    for other in ({"norms": {"every_n_epochs": 2}}, {"norms": {}}, {**began, "hessian": {"burst_length": 3}}):
+        with pytest.raises(ConfigError) as error: fit(configure(hooks=other), tmp_path, resume=True)
+        assert "goes on as it began" in str(error.value) and "hooks." in str(error.value) and "\n" not in str(error.value)
+    assert RunFolder(tmp_path / "run").config.hooks == began
+
+
+def test_what_an_earlier_version_kept_of_an_epoch_is_dropped(tmp_path):
+    fit(configure(), tmp_path, Hooks([Norms(every_n_epochs=1)]), stop=27)
+    file = tmp_path / "run/checkpoints/interrupted.pt"
+    saved = load_checkpoint(file)
+    del saved["hooks"]["kept"]["wanted"]
+    save_checkpoint(file, saved)
+    rows = fit(configure(), tmp_path, Hooks([Norms(every_n_epochs=1)]), resume=True).folder.table("hooks/norms").read()
+    assert rows.epoch.tolist() == [e for e in range(1, 16) if e != 7]
+
+
+# 6b. Declarations that can't be right, and those that look odd and are.
+
+
+def declared(*points, **body):
+    "A class of hooks that does nothing at these points."
+    return type("Odd", (Hook,), {**{point: lambda self, state: None for point in points}, **body})
+
+
+COS = Metric("cos", "c", (-1, 1), "a cosine")
+FAULTS = {  # a class, and words that the error must say
+    "a name that is no table's": (lambda: declared(POST_STEP, name="a/b"), ["hook a/b", "its name is that of a table"]),
+    "a name with capitals": (lambda: declared(POST_STEP, name="LR"), ["hook LR", "small letters"]),
+    "a method that is nearly an event's": (lambda: declared(POST_EPOCH, post_epochs=lambda self, state: None), ["no event is called post_epochs; did you mean post_epoch?"]),
+    "another one": (lambda: declared(POST_EPOCH, PreStep=lambda self, state: None), ["no event is called PreStep; did you mean pre_step?"]),
+    "two metrics of one name": (lambda: declared(POST_STEP, metrics=[COS, FINE, COS]), ["two metrics are called cos"]),
+    "a metric that is a string": (lambda: declared(POST_STEP, metrics=["cos"]), ["metrics holds a str, not a Metric"]),
+    "a misspelt condition": (lambda: declared(POST_STEP, metrics=[Metric("cos", "c", (-1, 1), "to the end", "referense")]), ["metric cos: only_with = 'referense'", "did you mean 'reference'?"]),
+    "the mean of an epoch before it": (lambda: declared(PRE_EPOCH, needs=Needs.EPOCH_GRAD), ["EPOCH_GRAD is there at post_epoch and snapshot, not at pre_epoch"]),
+    "the mean of an epoch in its steps": (lambda: declared(POST_STEP, POST_EPOCH, needs=Needs.EPOCH_GRAD | Needs.REFERENCE), ["EPOCH_GRAD is there at post_epoch and snapshot, not at post_step"]),
+    "the gradient of the step before at an epoch": (lambda: declared(PRE_STEP, POST_EPOCH, needs=Needs.PREVIOUS_GRAD), ["PREVIOUS_GRAD is there at pre_step and post_step, not at post_epoch"]),
+    "no event": (lambda: declared(), ["never fire"]),
+    "events that are switched off": (lambda: type("Off", (declared(POST_STEP),), {"post_step": None}), ["hook off", "never fire"]),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_declaration_that_cannot_be_right_is_refused_when_the_hook_is_made(what):
+    make, words = FAULTS[what]
+    with pytest.raises(ConfigError) as error: make()()
+    assert all(w in str(error.value) for w in words) and "\n" not in str(error.value)
+
+
+def test_a_window_that_ends_before_it_begins_is_refused():
+    with pytest.raises(ConfigError) as error: Norms(from_epoch=5, to_epoch=3)
+    assert "hooks.norms.to_epoch = 3: must not be smaller than from_epoch = 5" in str(error.value)
+    assert Norms(from_epoch=5, to_epoch=5).to_epoch == 5
+
+
+def test_names_lists_and_properties_of_a_class_are_taken_as_they_are(tmp_path):
+    evaluated = []
+
+    class LRFinder(Hook):
+        metrics = [FINE]
+        kept = []
+        layers: Annotated[list[int], doc("which layers")] = [0]
+
+        @property
+        def post_hoc(self): evaluated.append(1)
+
+        @property
+        def risky(self): raise RuntimeError("evaluated")
+
+        def post_step(self, state):
+            self.kept.append(state.step)
+            return {"fine": len(self.kept)}
+
+    one, two = LRFinder(layers=[1, 2]), LRFinder()
+    assert LRFinder.name == "lr_finder" and LRFinder.metrics == (FINE,) and (one.layers, two.layers) == ([1, 2], [0])
+    hooks = Hooks([one])
+    fit(configure(), tmp_path, hooks)
+    assert hooks.table("lr_finder").fine.tolist() == [*range(1, 61)] and not evaluated and LRFinder.kept == two.kept == []
+
+
+def test_a_method_that_a_subclass_switches_off_is_no_event(tmp_path):
+    class Both(Hook):
+        metrics = (FINE,)
+
+        def pre_step(self, state): raise AssertionError
+
+        def post_step(self, state): return {"fine": 1}
+
+    class One(Both):
+        pre_step = None
+
+    hooks = Hooks([One()])
+    fit(configure(), tmp_path, hooks)
+    assert events_of(One) == (POST_STEP,) and len(hooks.table("one")) == 60
+
+
+def test_the_mean_of_an_epoch_is_there_at_snapshots(tmp_path):
+    class Compared(Hook):
+        needs = Needs.EPOCH_GRAD
+        metrics = (FINE, Metric("later", "x", (None, None), "at a snapshot"))
+
+        def post_epoch(self, state): return {"fine": norm(state.epoch_grad)}
+
+        def snapshot(self, state): return {"later": norm(state.epoch_grad)}
+
+    hooks = Hooks([Compared(every_n_epochs=2), type("Alone", (Compared,), {"post_epoch": None})()])
+    fit(configure(snapshot_every=3), tmp_path, hooks)
+    rows, alone = hooks.table("compared"), hooks.table("alone")
+    assert rows.epoch.tolist() == [2, 3, 4, 6, 8, 9, 10, 12, 14, 15] and alone.epoch.tolist() == [3, 6, 9, 12, 15]
+    both = rows[rows.epoch.isin((6, 12))]
+    assert both.fine.tolist() == both.later.tolist() and alone.later.tolist() == rows.later.dropna().tolist()
+    with pytest.raises(ConfigError, match="fires at the points of an epoch"): fit(configure("step", snapshot_every=3, name="s"), tmp_path, hooks)
+
+
+@each_unit
+def test_without_a_gradient_of_the_step_before_a_hook_is_not_called(unit, tmp_path):
+    class Before(Hook):
+        needs = Needs.PREVIOUS_GRAD
+        metrics = (FINE,)
+
+        def pre_step(self, state): return {"fine": norm(state.previous_grad)}
+
+        def post_step(self, state): assert state.previous_grad is not None
+
+    hooks = Hooks([Before()])
+    fit(configure(unit), tmp_path, hooks)
+    assert hooks.table("before").step.tolist() == [*range(2, 61)]
+
+
+@each_unit
+def test_a_hook_of_epochs_and_snapshots_in_a_run_of_steps_without_snapshots_is_refused(unit, tmp_path):
+    hook = declared(POST_EPOCH, SNAPSHOT)()
+    if unit == "epoch": return fit(configure(unit), tmp_path, Hooks([hook]))
+    with pytest.raises(ConfigError, match="fires at the points of an epoch"): fit(configure(unit), tmp_path, Hooks([hook]))
+    fit(configure(unit, snapshot_every=5), tmp_path, Hooks([hook]))
+
+
+def test_sizes_are_there_before_a_run():
+    assert Hooks([Norms(), Hessian()]).sizes() == {"norms": 0, "hessian": 0, "kept for hooks": 0}
+
+
+@pytest.mark.parametrize("bounds, value, end", [((0, 1), 1.5, "[0, 1]"), ((-1, 1), -1.01, "[−1, 1]"), ((0, None), -3, "[0, ∞)")])
+def test_a_value_outside_its_range_is_reported_once_and_kept(bounds, value, end, tmp_path):
+    metrics = (Metric("fine", "x", bounds, "a number"),)
+    rows, said, problems = reported(lambda self, state: {"fine": value if state.step > 3 else 0.5}, tmp_path, metrics=metrics)
+    assert rows.fine.tolist() == [0.5] * 3 + [value] * 57 and problems == {("odd", "fine out of range"): 57}
+    assert len(said) == 1 and f"hook odd, step 4: fine is {value:g}, outside {end}" in said[0] and "\n" not in said[0]
+    edge = torch.tensor(1.0, dtype=torch.float32) + 2.0**-23
+    assert reported(lambda self, state: {"fine": edge}, tmp_path / "edge", metrics=(Metric("fine", "x", (0, 1), "a number"),))[1] == []
 
 
 # 7. Who changes training is stopped.
@@ -750,7 +1041,7 @@ CHANGES = {  # what a hook does: what the message names, which look notices
     "weights by load_state_dict": (lambda s: s.model.load_state_dict(s.model.state_dict()), "weights", "quick"),
     "weights by .data": (lambda s: first(s).data.add_(1e-6), "weights", "long"),
     "weights by .data =": (lambda s: setattr(first(s), "data", first(s).data + 1), "weights", "long"),
-    "the optimizer's step": (lambda s: s.optimizer.step(), "weights", "long"),  # fused: the version of the weights stays
+    "the optimizer's step": (lambda s: s.optimizer.step(), "the optimizer's state", "quick"),  # fused: the version of the weights stays
     "gradients": (lambda s: first(s).grad.mul_(2), "gradients", "quick"),
     "gradients by .data": (lambda s: first(s).grad.data.mul_(2), "gradients", "long"),
     "gradients by backward": (backward, "gradients", "quick"),
@@ -758,16 +1049,18 @@ CHANGES = {  # what a hook does: what the message names, which look notices
     "gradients set to none": (lambda s: s.optimizer.zero_grad(), "gradients", "quick"),
     "gradients through grads()": (lambda s: next(iter(s.grads().values()) if s.stepped else (p.grad for p in s.model.parameters())).zero_(), "gradients", "quick"),
     "rate": (rate, "the optimizer's settings", "quick"),
-    "moments": (moments, "the optimizer's state", "long"),
-    "moments replaced": (moments_replaced, "the optimizer's state", "long"),
-    "buffers": (lambda s: s.model.counted.add_(1), "buffers", "long"),
-    "mode": (lambda s: s.model.eval(), "the model's mode", "long"),
-    "schedule": (lambda s: s.scheduler.step(), "the schedule", "long"),
-    "next batch": (lambda s: s.batches.of_epoch(), "the order of the data", "long"),
-    "order's generator": (lambda s: torch.rand((), generator=s.batches.rng), "the order of the data", "long"),
+    "moments": (moments, "the optimizer's state", "quick"),
+    "moments replaced": (moments_replaced, "the optimizer's state", "quick"),
+    "buffers": (lambda s: s.model.counted.add_(1), "buffers", "quick"),
+    "mode": (lambda s: s.model.eval(), "the model's mode", "quick"),
+    "schedule": (lambda s: s.scheduler.step(), "the schedule", "quick"),
+    "next batch": (lambda s: s.batches.of_epoch(), "the order of the data", "quick"),
+    "moments by .data": (lambda s: [kept["exp_avg"].data.mul_(0.5) for kept in s.optimizer.state.values()], "the optimizer's state", "long"),
+    "buffers by .data": (lambda s: s.model.counted.data.add_(1), "buffers", "long"),
+    "order's generator": (lambda s: torch.rand((), generator=s.batches.rng), "the order of the data", "quick"),
     "training data": (lambda s: s.batches.data[0].zero_(), "the data", "quick"),
     "training data replaced": (lambda s: setattr(s.batches, "data", (s.batches.data[0].clone(), s.batches.data[1])), "the data", "quick"),
-    "requires_grad": (lambda s: first(s).requires_grad_(False), "weights", "long"),
+    "requires_grad": (lambda s: first(s).requires_grad_(False), "weights", "quick"),
 }  # fmt: skip
 
 
@@ -777,7 +1070,7 @@ def cases():
             yield pytest.param(work, words, kind, look, id=f"{kind} changes {what}")
 
 
-def complaint(work, kind, point, call):
+def complaint(work, kind, point, call, verify="first"):
     "What is said when a hook with all points does that when it is called at one of them for the `call`th time; and where."
     state, calls = small_state(weight_decay=0.1), Counter()
     state.model.register_buffer("counted", torch.zeros(3))
@@ -790,7 +1083,7 @@ def complaint(work, kind, point, call):
 
         return run
 
-    hooks = Hooks([a_hook(kind, point, name="meddler", **{p: at(p) for p in POINTS if p != point})(at(point))()], "skip")
+    hooks = Hooks([a_hook(kind, point, name="meddler", **{p: at(p) for p in POINTS if p != point})(at(point))()], "skip", verify=verify)
     try:
         for _ in range(call):
             hooks.fire(PRE_EPOCH, state)
@@ -813,14 +1106,85 @@ def test_a_hook_that_changes_training_is_stopped_at_its_first_call_at_each_point
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("verify", ["first", "always"])
 @pytest.mark.parametrize("work, words, kind, look", [*cases()])
-def test_later_an_observer_is_stopped_where_the_quick_look_suffices_and_others_always(work, words, kind, look):
+def test_later_a_hook_is_stopped_where_the_quick_look_suffices_and_always_under_verify_always(work, words, kind, look, verify):
     for point in (PRE_STEP, POST_STEP):
-        said, where = complaint(work, kind, point, 3)
-        if kind == "observer" and look == "long":
-            assert said is None  # as the page on views says
+        said, where = complaint(work, kind, point, 3, verify)
+        if verify == "first" and look == "long":
+            assert said is None  # as the page on the guard says
         else:
             assert names_it(said, where, words), point
+
+
+AMONG = {  # what one hook of several does; whether it shows in a quick look, and again in a second call
+    "weights": (lambda s: first(s).add_(1e-6), True, True),
+    "mode": (lambda s: s.model.train(not s.model.training), True, True),
+    "rate, the first time": (lambda s: s.optimizer.param_groups[0].update(lr=7.0), True, False),
+    "a gradient that is replaced": (new_gradient, True, True),
+    "bits alone": (lambda s: first(s).data.add_(1e-6), False, True),
+    "bits alone, the first time": (lambda s: first(s).data.fill_(0.5), False, False),
+}
+
+
+def among(work, at, call, verify="first", raises=False):
+    "What is said when the hook in this place among three does that at its `call`th call."
+    state, names = small_state(), ("zero", "one", "two")
+
+    def of(k):
+        def run(self, s):
+            self.calls = getattr(self, "calls", 0) + 1
+            if k == at and self.calls >= call:
+                with torch.no_grad(): work(s)
+                if raises: raise ValueError("and more")
+            return {"fine": 1}
+
+        return a_hook(name=names[k])(run)()
+
+    hooks = Hooks([of(k) for k in range(3)], "skip", verify=verify)
+    with pytest.raises(HookError) as error:
+        for _ in range(call):
+            train_step(state, state.batches.of_epoch(), 1.0, hooks.fire)
+            hooks.fire(POST_STEP, state)
+    assert state.step == call and str(error.value).endswith(": a hook may not touch training")
+    return str(error.value).partition(f", step {call} (post_step): changed ")[0]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("what", AMONG)
+def test_among_several_hooks_the_one_at_fault_is_named(what, at, raises):
+    work, quick, again = AMONG[what]
+    named = f"hook {('zero', 'one', 'two')[at]}"
+    told_apart = named if quick or again else "hook zero or one or two"
+    assert among(work, at, 1, raises=raises) == told_apart
+    for call, verify in [(3, "always"), *([(3, "first")] if quick else [])]:
+        assert among(work, at, call, verify, raises) == told_apart
+
+
+def test_of_two_that_change_training_the_first_is_named():
+    state = small_state()
+    hooks = Hooks([a_hook(name=name)(in_place(lambda s: first(s).add_(1)))() for name in ("one", "two")])
+    train_step(state, state.batches.of_epoch(), None, hooks.fire)
+    with pytest.raises(HookError, match="^hook one, step 1"): hooks.fire(POST_STEP, state)
+
+
+@pytest.mark.parametrize("what", ["weights", "bits alone"])
+def test_among_this_packages_own_hooks_the_one_at_fault_is_named_at_later_calls(what, monkeypatch):
+    "Between them there are no fingerprints, after the first call."
+    state, hooks, measure = small_state(), Hooks([TrainingMetrics(every_n_steps=1), Hessian(every_n_steps=1)], verify="always" if "bits" in what else "first"), Hessian.pre_step
+
+    def change(self, s):
+        if s.step > 3: in_place(AMONG[what][0])(self, s)
+        return measure(self, s)
+
+    monkeypatch.setattr(Hessian, "pre_step", change)
+    monkeypatch.setattr(TrainingMetrics, "pre_step", lambda self, s: None, raising=False)
+    hooks.check(None, state)
+    with pytest.raises(HookError, match="^hook hessian, step 4 .*changed weights"):
+        for _ in range(5):
+            train_step(state, state.batches.of_epoch(), None, hooks.fire)
+            hooks.fire(POST_STEP, state)
 
 
 UNSEEN = {  # where, and what a hook does
@@ -905,10 +1269,10 @@ def test_the_profile_has_a_row_for_each_hook_and_point_and_changes_no_row(straig
     fit(config, tmp_path, hooks)
     table = hooks.profile().set_index(["hook", "point"])
     firings = {
-        ("training_metrics", "post_step"): 60, ("training_metrics", "post_epoch"): 3, ("norms", "post_epoch"): 3,
+        ("training_metrics", "post_step"): 6, ("training_metrics", "post_epoch"): 3, ("norms", "post_epoch"): 3,
         ("consecutive", "post_epoch"): 6, ("hessian", "pre_step"): 23, ("hessian", "post_step"): 23,
     }  # fmt: skip
-    assert table.firings.to_dict() == firings and (table.ms > 0).all() and (table.seconds > 0).all()
+    assert table.firings.to_dict().items() >= firings.items() and (table.ms > 0).all() and (table.seconds > 0).all()
     assert table.ms["hessian", "post_step"] > table.ms["training_metrics", "post_step"]
     equal_rows(tmp_path / "epoch", straight["epoch"])
 
@@ -948,7 +1312,7 @@ def rows_of(config, root, warned=()):
 def test_frozen_parameters_have_no_part_in_anything(monkeypatch, tmp_path):
     patched(monkeypatch, lambda model: model.hidden[0].weight.requires_grad_(False))
     tables = rows_of(configure(**EXACT), tmp_path)
-    assert len(tables["hessian"]) == 59 and tables["hessian"].displacement_residual.max() < 0.5
+    assert len(tables["hessian"]) == 58 and tables["hessian"].displacement_residual.max() < 0.5
     columns = {*tables["hessian"], *tables["norms"]}
     assert "content_norm/hidden.0.bias" in columns and not [c for c in columns if "hidden.0.weight" in c]
     n = tables["norms"]
@@ -957,7 +1321,7 @@ def test_frozen_parameters_have_no_part_in_anything(monkeypatch, tmp_path):
 
 def test_tied_embeddings_are_one_parameter(tmp_path):
     tables = rows_of(configure(model_type="transformer", n_heads=2, tie_embeddings=True, **EXACT), tmp_path)
-    assert len(tables["hessian"]) == 59 and tables["hessian"].displacement_residual.max() < 0.5
+    assert len(tables["hessian"]) == 58 and tables["hessian"].displacement_residual.max() < 0.5
     assert "content_norm/tokens.weight" in tables["hessian"] and "content_norm/output.weight" not in tables["hessian"]
 
 
@@ -969,7 +1333,7 @@ def test_weights_tied_by_assignment_are_one_parameter(monkeypatch, tmp_path):
 
     patched(monkeypatch, tie)
     tables = rows_of(configure(**EXACT), tmp_path)
-    assert len(tables["hessian"]) == 59 and tables["hessian"].displacement_residual.max() < 0.5
+    assert len(tables["hessian"]) == 58 and tables["hessian"].displacement_residual.max() < 0.5
     fit(configure(name="after", **EXACT, reference="run"), tmp_path)
 
 
@@ -977,7 +1341,7 @@ def test_a_parameter_without_a_gradient_counts_as_zero(monkeypatch, tmp_path):
     patched(monkeypatch, lambda model: model.register_parameter("idle", nn.Parameter(torch.ones(3))))
     tables = rows_of(configure(weight_decay=0.0, **EXACT), tmp_path, warned=["entanglement_content_cossim/idle is nan", "clip"])
     assert (tables["hessian"]["content_norm/idle"] == 0).all() and (tables["norms"]["norm/idle"] == 0).all()
-    assert len(tables["hessian"]) == 59 and "entanglement_content_cossim/idle" not in tables["hessian"]
+    assert len(tables["hessian"]) == 58 and "entanglement_content_cossim/idle" not in tables["hessian"]
 
 
 def test_the_full_batch_is_followed_by_itself(tmp_path):
@@ -985,7 +1349,7 @@ def test_the_full_batch_is_followed_by_itself(tmp_path):
     tables = rows_of(config, tmp_path)
     rows, norms = tables["hessian"], tables["norms"]
     assert np.allclose(norms.total_norm, rows.observed_grad_norm[rows.step.isin(norms.step)], rtol=1e-6) and len(norms) == 6
-    assert rows.step.tolist() == [*range(2, 31)] and rows.epoch.tolist() == rows.step.tolist()
+    assert rows.step.tolist() == [*range(3, 31)] and rows.epoch.tolist() == rows.step.tolist()
     before = rows.observed_grad_norm.to_numpy()[:-1]  # of step t, and the content of step t + 1 is the same gradient
     assert np.allclose(rows.content_norm.to_numpy()[1:], before, rtol=1e-5)
     steps = rows_of(configure("step", name="s", steps=30, batch_size=None, optimizer="sgd", weight_decay=0.0, lr=0.1, **EXACT), tmp_path)["hessian"]
@@ -993,9 +1357,9 @@ def test_the_full_batch_is_followed_by_itself(tmp_path):
 
 
 def test_the_mean_of_an_epoch_is_that_of_the_gradients_before_clipping(monkeypatch, tmp_path):
-    kept, add = {}, GradientBuffer.add
+    kept, add = {}, GradientBuffer.after_step
     grads = lambda s: {k: p.grad.double() / (float(s.clip_factor) if s.clip_factor is not None else 1) for k, p in s.model.named_parameters()}
-    monkeypatch.setattr(GradientBuffer, "add", lambda self, view: kept.setdefault(view.epoch, []).append(grads(view)) or add(self, view))
+    monkeypatch.setattr(GradientBuffer, "after_step", lambda self, view, due: kept.setdefault(view.epoch, []).append(grads(view)) or add(self, view, due))
     for clip in (None, 0.05):
         kept.clear()
         tables = rows_of(configure(name=f"clip_{clip}", grad_clip=clip, **ALL), tmp_path)
@@ -1062,6 +1426,7 @@ def test_hooks_that_come_in_the_middle_of_an_epoch_see_no_mean_of_it():
     state, hooks = small_state(), Hooks([Norms()])
     for epoch in (1, 2):
         state.epoch = epoch
+        if epoch == 2: hooks.fire(PRE_EPOCH, state)
         for k in range(4):
             fire = hooks.fire if epoch == 2 or k > 1 else lambda point, state: None
             train_step(state, state.batches.of_epoch(), None, fire)
@@ -1167,7 +1532,7 @@ for unit in (dict(epochs=6), dict(steps=24)):
 def test_the_console_shows_the_newest_row_of_each_hook(tmp_path, capsys):
     fit(configure(**ALL | dict(sinks=["console"])), tmp_path)
     said = capsys.readouterr()
-    assert said.out == "" and {line.split()[0] for line in said.err.splitlines()} == {"training_metrics", "norms", "consecutive", "hessian"}
+    assert said.out == "" and {line.split()[0] for line in said.err.splitlines()} == {*choose("full", configure())}
     assert re.search(r"hessian  step 50 .*entanglement_norm", said.err)
 
 

@@ -139,8 +139,9 @@ def test_hooks_measure_it_and_change_nothing(straight, tmp_path):
         ours, theirs = (load_checkpoint(checkpoints(run)[-1]) for run in (alone.folder.path, straight[name]))
         for key in ("model", "optimizer", "scheduler", "batches", "generators"): assert digest(ours[key]) == digest(theirs[key]), key
     tables = {name: RunFolder(straight["by_epoch"]).table(f"hooks/{name}").read() for name in ("training_metrics", "norms", "consecutive", "hessian")}
-    assert len(tables["training_metrics"]) == 240 and len(tables["norms"]) == 30 and len(tables["hessian"]) > 50
-    assert [*tables["training_metrics"]] == ["epoch", "step", "loss", "lr", "perplexity", *COLUMNS]
+    assert len(tables["training_metrics"]) == 48 and len(tables["norms"]) == 30 and len(tables["hessian"]) > 50
+    assert sorted(tables["training_metrics"]) == sorted(["epoch", "step", "loss", "lr", "perplexity", *COLUMNS])
+    assert tables["training_metrics"].loss.dropna().index.size == 24
     logged = tables["training_metrics"].dropna(subset="test_loss")
     history = RunFolder(straight["by_epoch"]).history[1:]
     assert logged.step.tolist() == history.step.tolist() and logged[COLUMNS].to_numpy().tolist() == history[COLUMNS].to_numpy().tolist()
