@@ -275,7 +275,7 @@ def end_unit(run: WatchedRun, event: str, n: int) -> None:
     "Measure at a log point, fire the event, take a snapshot, write when it is time."
     s, due, row = run.state, run.schedule, run.rows.row
     if due.log_point(n) and s.batch is not None:
-        s.row = measure(s)
+        s.row = measure(s) | {"lr": s.lr}  # of this step, not the next
         logged = row if row and row["step"] == s.step else {}
         run.rows.add(s, {k: v for k, v in s.row.items() if k not in logged})
     run.hooks.fire(event, s)
