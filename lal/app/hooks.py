@@ -41,8 +41,9 @@ def list_hooks(context: typer.Context):
     "List the hooks, and the sets of them that `lal train --hooks` takes."
     if context.invoked_subcommand:
         return
-    from lal.hooks.hook import events_of, question
-    from lal.hooks.registry import REGISTRY, SETS, choose
+    with exit_codes():
+        from lal.hooks.hook import events_of, question
+        from lal.hooks.registry import REGISTRY, SETS, choose
 
     rows = [
         (name, cls.kind, ", ".join(events_of(cls)), question(cls))

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['DOCSTRINGS_ARE_PRINTED', 'ARROWS', 'TRAINING', 'imported', 'fingerprint', 'Package', 'reached', 'single_hooks',
-           'against_the_arrows']
+__all__ = ['DOCSTRINGS_ARE_PRINTED', 'FINDS_HOOKS', 'ARROWS', 'TRAINING', 'imported', 'fingerprint', 'Package', 'reached',
+           'single_hooks', 'against_the_arrows']
 
 # %% ../../nbs/book/05_imports.ipynb #edbf18e8
 def imported(tree: ast.AST, package: str = "") -> set[str]:
@@ -31,6 +31,7 @@ def imported(tree: ast.AST, package: str = "") -> set[str]:
 
 # %% ../../nbs/book/05_imports.ipynb #b7f5b305
 DOCSTRINGS_ARE_PRINTED = ("lal.hooks.", "lal.app.")
+FINDS_HOOKS = "lal.hooks.registry"
 
 # %% ../../nbs/book/05_imports.ipynb #e2fb1518
 def fingerprint(source: str, docstrings: bool = False) -> str:
@@ -64,11 +65,13 @@ class Package:
 
     @cached_property
     def graph(self) -> dict[str, list[str]]:
-        "The modules that each module imports."
+        "The modules that each module imports; for the registry, also those it finds."
         graph = {}
         for name, path in self.files.items():
             names = imported(ast.parse(path.read_text()), name.rpartition(".")[0])
             graph[name] = sorted(self.files.keys() & names - {name})
+        if FINDS_HOOKS in graph:
+            graph[FINDS_HOOKS] += sorted(single_hooks(self.files, graph))
         return graph
 
     @cached_property
@@ -102,29 +105,29 @@ ARROWS = {
     "energy": {"core", "curvature", "hooks"},
     "equilibrium": {"core", "curvature", "hooks"},
     "nested": {"core", "curvature", "hooks"},
-    "book": {"core"},
+    "book": {"core", "analysis", "hooks"},
 }
 TRAINING = {"lal.core.state", "lal.core.recorder", "lal.core.trainer"}
 
 # %% ../../nbs/book/05_imports.ipynb #8bb77534
-def single_hooks(package: Package) -> set[str]:
+def single_hooks(files: dict[str, Path], graph: dict[str, list[str]]) -> set[str]:
     "Modules of `hooks` that define a hook or lead to one that does."
-    hooks = {name for name in package.files if name.startswith("lal.hooks.")}
+    hooks = {name for name in files if name.startswith("lal.hooks.")}
     defining = set()
     for name in hooks:
-        tree = ast.parse(package.files[name].read_text())
+        tree = ast.parse(files[name].read_text())
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         bases = [
             getattr(b, "id", getattr(b, "attr", "")) for c in classes for b in c.bases
         ]
         if "Hook" in bases:
             defining.add(name)
-    return {name for name in hooks if reached(package.graph, {name}).keys() & defining}
+    return {name for name in hooks if reached(graph, {name}).keys() & defining}
 
 # %% ../../nbs/book/05_imports.ipynb #add62ca3
 def against_the_arrows(package: Package) -> list[str]:
     "Imports that run against `ARROWS`, as `module imports module: why not`."
-    found, hooks = [], single_hooks(package)
+    found, hooks = [], single_hooks(package.files, package.graph)
     for name, others in package.graph.items():
         part = name.split(".")[1]
         if part not in ARROWS:

@@ -50,6 +50,9 @@ def readme(notebook: Path) -> tuple[str, dict[str, dict]]:
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\(([^)\s]+)\)", up, cell.source)
+        for data in (output.get("data", {}) for output in cell.get("outputs", ())):
+            if text := "".join(data.get("text/markdown", "")):
+                data["text/markdown"] = re.sub(r"\]\(([^)\s]+)\)", up, text)
     # README readers see code and results one after the other; boxes are for pages.
     markdown = re.sub(r"(?m)^:::::::.*\n", "", notebook_markdown(nb))
     text = require("pypandoc").convert_text(

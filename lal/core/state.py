@@ -223,15 +223,13 @@ class TrainState:
         held_out: Any = None,
     ) -> "TrainState":
         "The state before the first step, optimizer and schedule as the configuration has them."
-        model = model.to(batches.device)
-        optimizer = create_optimizer(config, model)
+        optimizer = create_optimizer(config, model.to(batches.device))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda t: lr_factor(config, t)
         )
-        state = cls(model, optimizer, schedule, batches, experiment.loss, held_out)
-        state.experiment, state.unit = experiment, config.unit
-        state.grad_clip = config.grad_clip
-        return state
+        more = dict(experiment=experiment, grad_clip=config.grad_clip, unit=config.unit)
+        how = optimizer, schedule, batches, experiment.loss, held_out
+        return cls(model, *how, **more)
 
     @classmethod
     def of(

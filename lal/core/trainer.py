@@ -149,9 +149,13 @@ def check_resume(
         if name not in MAY_CHANGE and then != now:
             reason = f"the run has {name} = {then}, and goes on as it began"
             raise ConfigError(reason, name, now, source or theirs.name)
+    hooks = wanted.hooks if keys is None else theirs.hooks
+    for name, then in theirs.hooks.items():  # one that stays keeps its options
+        if (now := hooks.get(name, then)) != then:
+            reason = f"the run has {then or 'its defaults'}, and goes on as it began"
+            raise ConfigError(reason, f"hooks.{name}", now, source or theirs.name)
     device = theirs.device if wanted.device == "auto" else wanted.device
     threads, until = wanted.threads or theirs.threads, wanted.until or theirs.until
-    hooks = wanted.hooks
     return with_values(theirs, device=device, threads=threads, until=until, hooks=hooks)
 
 # %% ../../nbs/core/11_trainer.ipynb #2e5793c6
@@ -163,6 +167,8 @@ def restore(recorder: Recorder) -> dict[str, int]:
     saved, file = found
     if "hooks" in saved and recorder.hooks is None:
         warnings.warn("the run goes on without the hooks it had", stacklevel=2)
+    if "hooks" not in saved and hasattr(recorder.hooks, "load_state_dict"):
+        warnings.warn("the run goes on with hooks; it had none", stacklevel=2)
     try:
         s.restore(saved)
         if "hooks" in saved and recorder.hooks is not None:

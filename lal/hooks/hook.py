@@ -34,7 +34,7 @@ def events_of(hook) -> tuple[str, ...]:
 # %% ../../nbs/hooks/01_hook.ipynb #3f6beca3
 def fires_at_steps(hook) -> bool:
     "Whether a hook has a method for the events of a step."
-    return hasattr(hook, PRE_STEP) or hasattr(hook, POST_STEP)
+    return bool({PRE_STEP, POST_STEP} & {*events_of(hook)})
 
 # %% ../../nbs/hooks/01_hook.ipynb #d78ca1d1
 class Needs(Flag):
@@ -61,6 +61,7 @@ class Hook:
     needs = Needs.NONE
     metrics: tuple[Metric, ...] = ()
     lead_in = 0  # epochs before each due one at which it fires too
+    minimal = False  # whether it is cheap enough for the set `minimal`
 
     every_n_steps: Annotated[
         Count, doc("steps from one firing or burst to the next")
@@ -92,7 +93,7 @@ class Hook:
         if self.to_epoch is not None and self.to_epoch < self.from_epoch:
             reason = f"must not be smaller than from_epoch = {self.from_epoch}"
             raise ConfigError(reason, f"{prefix}to_epoch", self.to_epoch)
-        for name in dir(cls):  # a list in the class body is each hook's own
+        for name in {*dir(cls)} - {*vars(self)}:  # a list in the class body is each hook's own
             value = inspect.getattr_static(cls, name)
             if type(value) in (list, dict, set) and not name.startswith("__"):
                 setattr(self, name, copy.deepcopy(value))
@@ -213,49 +214,54 @@ class Schedule:
         "Whether a hook of epochs fires at this one."
         return self.unit == "epoch" and hook.due_epoch(epoch, self.log_point)
 
-    def due_snapshot(self, hook: Hook, n: int) -> bool:
-        "Whether there is a snapshot after this epoch, or step, and the hook fires at it."
+    def due_snapshot(self, hook: Hook, n: int, epoch: int) -> bool:
+        "Whether there is a snapshot after this unit, in this epoch, and the hook fires at it."
         every = self.snapshot_every
-        return bool(every) and n % every == 0 and hook.in_window(n)
+        return bool(every) and n % every == 0 and hook.in_window(epoch)
 
 # %% ../../nbs/hooks/01_hook.ipynb #c1e6edd6
 def never_fires(hook, schedule: Schedule) -> str | None:
     "Why a hook, or class of hooks, has no event in a run, or `None`."
-    events, of_steps = {*events_of(hook)}, {PRE_STEP, POST_STEP}
+    events, passed = {*events_of(hook)}, {PRE_STEP, POST_STEP}
     if schedule.snapshot_every is None and events == {SNAPSHOT}:
         return "fires at snapshots, and there are none: set snapshot_every"
-    if schedule.unit == "epoch":
-        return None
-    if not events & (of_steps if hook.needs & Needs.EPOCH_GRAD else {*of_steps, SNAPSHOT}):
+    if schedule.snapshot_every and not hook.needs & Needs.EPOCH_GRAD:
+        passed.add(SNAPSHOT)
+    if schedule.unit == "step" and not events & passed:
         return "fires at the points of an epoch, which a run that counts steps does not pass: leave it out, or name a set"
     return None
 
 # %% ../../nbs/hooks/01_hook.ipynb #1166256d
-def fires_too_late(hook: Hook, schedule: Schedule, per_epoch: int) -> str | None:
+def fires_too_late(hook: Hook, schedule: Schedule, per_epoch: float) -> str | None:
     "Why a hook will not have fired when the run is over, or `None`; `per_epoch`: steps in an epoch."
-    events, last = {*events_of(hook)}, schedule.last
-    if last == math.inf or events & {PRE_STEP, POST_STEP} and _has_due_step(hook, schedule, per_epoch):  # fmt: skip
-        return None
-    units = range(1, int(last) + 1)
-    if events & {PRE_EPOCH, POST_EPOCH} and any(schedule.due_epoch(hook, e) for e in units):  # fmt: skip
-        return None
-    if SNAPSHOT in events and any(schedule.due_snapshot(hook, n) for n in units):
+    if schedule.last == math.inf or any(_firings(hook, schedule, per_epoch)):
         return None
     set_to = {n: getattr(hook, n) for n in declared_options(type(hook)) if n in vars(Hook)}  # fmt: skip
+    if SNAPSHOT in events_of(hook):
+        set_to["snapshot_every"] = schedule.snapshot_every
     told = ", ".join(f"{n} = {v}" for n, v in set_to.items() if v is not None)
-    return f"will not have fired at the end, {schedule.unit} {last}: change {told}"
+    return f"will not have fired at the end, {schedule.unit} {schedule.last}: change {told}"
 
 
-def _has_due_step(hook: Hook, schedule: Schedule, per_epoch: int) -> bool:
-    by_steps = schedule.unit == "step"
-    low = max(1, (hook.from_epoch - 1) * per_epoch + 1)
-    high = schedule.last if by_steps else schedule.last * per_epoch
-    if hook.to_epoch is not None:
-        high = min(high, hook.to_epoch * per_epoch)
-    last = high - high % hook.every_n_steps  # where the last burst begins
-    if hook.needs & Needs.PREVIOUS_GRAD:
-        low = max(low, 2)
-    return last >= max(1, hook.warmup_steps) and low <= min(high, last + hook.burst_length - 1)  # fmt: skip
+def _firings(hook: Hook, schedule: Schedule, per_epoch: float):
+    "Whether it fires, event by event."
+    events, last, by_steps = {*events_of(hook)}, schedule.last, schedule.unit == "step"
+
+    def epoch_of(step: int) -> int:  # a run that counts steps begins in epoch 0
+        return int((step - 1) // per_epoch) + (not by_steps)
+
+    for n in range(1, last + 1) if events - {PRE_STEP, POST_STEP} else ():
+        if events & {PRE_EPOCH, POST_EPOCH}:
+            pair = n, n - hook.lead_in
+            yield all(schedule.due_epoch(hook, e) for e in pair)
+        if SNAPSHOT in events:
+            epoch = epoch_of(n + 1) if by_steps else n
+            yield schedule.due_snapshot(hook, n, epoch)
+    if fires_at_steps(hook):
+        first = int((hook.from_epoch - 1) * per_epoch)
+        first = max(first, 2 if hook.needs & Needs.PREVIOUS_GRAD else 1)
+        for s in range(first, (last if by_steps else last * per_epoch) + 1):
+            yield schedule.due_step(hook, s, epoch_of(s))
 
 # %% ../../nbs/hooks/01_hook.ipynb #c70a7657
 COLUMN = "<column>"  # the name that stands for all columns of the experiment

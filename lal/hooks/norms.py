@@ -16,6 +16,7 @@ class Norms(Hook):
     "How large is the epoch's mean gradient, and in which layer?"
 
     needs = Needs.EPOCH_GRAD
+    minimal = True
     metrics = (
         Metric("total_norm", r"\|\bar g\|_2", (0, None), "length of the epoch's mean gradient, in nats per unit of weight"),
         Metric("max_component", r"\max_i |\bar g_i|", (0, None), "its largest entry"),

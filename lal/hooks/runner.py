@@ -34,6 +34,7 @@ from lal.hooks.hook import (
     Schedule,
     available_metrics,
     declaration,
+    events_of,
     fires_at_steps,
     fires_too_late,
     never_fires,
@@ -67,7 +68,7 @@ class Dispatcher:
     ):
         self.view, self.schedule, self.rows = view, schedule, rows
         self.on_error, self.offload, self.profile = on_error, offload, profile
-        self.hooks_of = {e: [h for h in hooks if hasattr(h, e)] for e in POINTS}
+        self.hooks_of = {e: [h for h in hooks if e in events_of(h)] for e in POINTS}
         self.of_steps = [h for h in hooks if fires_at_steps(h)]
         self.gradients = GradientBuffer(hooks, schedule, offload)
         self.due: list[Hook] = []  # at the step at hand
@@ -256,7 +257,9 @@ class Hooks:
             folder.table(f"hooks/{hook.name}", {"lal.hook": told})
             if schedule.last < math.inf:
                 order = state.batches
-                per_epoch = -(-order.n // (order.size or order.n))
+                per_epoch = order.n / (order.size or order.n)
+                if schedule.unit == "epoch":  # its last batch may be a short one
+                    per_epoch = math.ceil(per_epoch)
                 if late := fires_too_late(hook, schedule, per_epoch):
                     warnings.warn(f"hook {hook.name} {late}", stacklevel=2)
         for sink in self.sinks:

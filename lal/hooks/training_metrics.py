@@ -15,6 +15,7 @@ class TrainingMetrics(Hook):
     "How does the loss go, step by step?"
 
     needs = Needs.LOSS
+    minimal = True
     metrics = (
         Metric("loss", r"\ell_t", (None, None), "loss of the step's batch before the step"),
         Metric("lr", r"\eta_t", (0, None), "learning rate of the step"),

@@ -7,7 +7,6 @@ __all__ = ['BESIDE', 'TIMES', 'calling_trainer', 'Lent', 'share_of_batch', 'trai
 
 # %% ../../nbs/hooks/11_transformers.ipynb #d102b779
 import inspect, math, sys, warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
 from torch import Tensor, nn
@@ -108,12 +107,12 @@ class WatchCallback(Watching, TrainerCallback):
 
     def on_train_begin(self, args, state, control, model, optimizer, **_) -> None:
         trainer = calling_trainer()
-        self.finish()  # a training before this one that was broken off
         check_trainer(trainer)
         self.saved = self.beside(args, state).get("watched")
         optimizer = getattr(optimizer, "optimizer", optimizer)
         loss_fn = accumulated(training_loss(trainer))
-        self.open(watch(model, optimizer, loss_fn, **self.options))
+        run = watch(model, optimizer, loss_fn, **self.options)
+        self.open(run, state.global_step, int(state.epoch or 0))
         self.note(trainer)
 
     def note(self, trainer: Trainer) -> None:
@@ -138,9 +137,7 @@ class WatchCallback(Watching, TrainerCallback):
 
         self.lent.replace(trainer, "training_step", training_step)
         self.lent.replace(trainer.accelerator, "clip_grad_norm_", clip_grad_norm_)
-        for name in ("_run_epoch", "training_step"):  # older versions have no _run_epoch
-            if hasattr(trainer, name):
-                self.lent.replace(trainer, name, self.closing)
+        self.lent.replace(trainer, "_run_epoch", self.closing)
 
     def closing(self, method: Callable) -> Callable:
         "The method, and the end of the run if it raises."
@@ -173,7 +170,7 @@ class WatchCallback(Watching, TrainerCallback):
             self.run.end_epoch()
 
     def on_evaluate(self, *_, metrics=None, **__) -> None:
-        if self.run is not None:
+        if self.active:
             found = {k: v for k, v in metrics.items() if not k.endswith(TIMES)}
             self.run.log(**found)
 

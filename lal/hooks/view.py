@@ -19,7 +19,7 @@ from ..core.run import RunFolder, newest_checkpoint
 from ..core.state import POST_EPOCH, SNAPSHOT, TrainState
 from ..curvature.hvp import gradient, no_randomness
 from ..curvature.params import Params, batch_loss, check_alike
-from .hook import Hook, Needs, Schedule
+from .hook import Hook, Needs, Schedule, events_of
 
 # %% ../../nbs/hooks/02_view.ipynb #158286f8
 class Batch(NamedTuple):
@@ -200,8 +200,8 @@ class GradientBuffer:
         epoch, due = view.epoch, self.schedule
         self.sum, self.steps = None, 0
         self.wanted = any(
-            (hasattr(h, POST_EPOCH) and due.due_epoch(h, epoch))
-            or (hasattr(h, SNAPSHOT) and due.due_snapshot(h, epoch))
+            (POST_EPOCH in events_of(h) and due.due_epoch(h, epoch))
+            or (SNAPSHOT in events_of(h) and due.due_snapshot(h, epoch, epoch))
             for h in self.of_epoch
         )
 
@@ -237,8 +237,8 @@ class GradientBuffer:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, saved: dict) -> None:
-        for name in self.state_dict():
-            setattr(self, name, saved.get(name))
+        if saved.keys() >= self.state_dict().keys():  # else of an earlier version
+            vars(self).update(saved)
 
 # %% ../../nbs/hooks/02_view.ipynb #5b42c500
 def moved(value, device: str | torch.device):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['START', 'REPLACE', 'CONTINUE', 'SKIP', 'Planned', 'check_run', 'newest_saved', 'finished', 'hook_values',
-           'check_hooks', 'check_reference', 'plan', 'go_on', 'continued']
+           'hooks_from_here', 'check_reference', 'plan', 'go_on', 'continued']
 
 # %% ../../nbs/scale/01_plan.ipynb #a837959f
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from ..core.run import RunFolder, checkpoints
 from ..core.experiment import find_experiment
 from ..core.recorder import stop_rule_met
 from ..core.trainer import Trainer, build_state, check_resume, was_sent_on
-from ..hooks.hook import declared_options
+from ..hooks.hook import Needs, declared_options
 from ..hooks.view import load_reference
-from ..hooks.registry import create_hooks
+from ..hooks.registry import choose, create_hooks
 
 # %% ../../nbs/scale/01_plan.ipynb #4a2cdea9
 START, REPLACE, CONTINUE, SKIP = "start", "replace", "continue", "skip"
@@ -84,38 +84,39 @@ def hook_values(config: Config) -> dict[str, dict]:
     }  # fmt: skip
 
 # %% ../../nbs/scale/01_plan.ipynb #7d468bf1
-def check_hooks(
+def hooks_from_here(
     theirs: Config,  # the run's own
     wanted: Config,
     given: set[str],  # keys to compare: hooks, hooks.hessian, hooks.hessian.epsilon
-) -> None:  # raises `ConfigError`
-    "Refuse hooks and options that contradict what the run began with."
+) -> dict[str, dict]:  # raises `ConfigError` for an option that contradicts
+    "The hooks to go on with: those asked for, and of the run's own the options."
     keys = {key for key in given if key.split(".")[0] == "hooks"}
     if not keys:
-        return
+        return theirs.hooks
     then, now = hook_values(theirs), hook_values(wanted)
+    on = {*then, *choose([key.split(".")[1] for key in keys - {"hooks"}], wanted)}
     if "hooks" in keys:
-        if then.keys() != now.keys():
-            had = ",".join(then) or "none"
-            reason = f"the run has hooks = {had}, and goes on as it began"
-            raise ConfigError(reason, "hooks", ",".join(now) or "none", "--set")
+        on = {*now}
         keys |= {f"hooks.{n}.{o}" for n, more in wanted.hooks.items() for o in more}
     for key in sorted(keys - {"hooks"}):
         _, name, *option = key.split(".")
-        if name not in then:
-            reason = "is off in this run, which goes on as it began"
-            raise ConfigError(reason, f"hooks.{name}", wanted.hooks.get(name), "--set")
         for o in option or wanted.hooks.get(name, {}):
-            if then[name][o] != now[name][o]:
+            if name in then and then[name][o] != now[name][o]:
                 had = shown(then[name][o])
                 reason = f"the run has {had}, and goes on as it began"
                 raise ConfigError(reason, f"hooks.{name}.{o}", now[name][o], "--set")
+    if on == {*then}:
+        return theirs.hooks
+    source = {name: theirs if name in then else wanted for name in [*then, *now]}
+    return {n: of.hooks.get(n, {}) for n, of in source.items() if n in on}
 
 # %% ../../nbs/scale/01_plan.ipynb #b5ddb886
 def check_reference(trainer: Trainer) -> None:
     "`ConfigError` when the reference is absent, or has other tensors than the network."
     config = trainer.config
-    if config.reference is not None and trainer.hooks is not None:
+    hooks = trainer.hooks.hooks if trainer.hooks else ()
+    needed = any(hook.needs & Needs.REFERENCE for hook in hooks)
+    if config.reference is not None and needed:
         state = build_state(config, trainer.device, trainer.experiment)
         load_reference(config.reference, trainer.root, state)
 
@@ -164,7 +165,7 @@ def continued(wanted: Config, root: Path, given: set, extra: dict) -> Planned:
     check_run(folder)
     plain = {key for key in given if key.split(".")[0] != "hooks"}
     begun = check_resume(folder.config, wanted, plain, "--set")
-    check_hooks(folder.config, wanted, given)
+    begun = with_values(begun, hooks=hooks_from_here(folder.config, wanted, given))
     more = extra.get(begun.unit, 0)
     if any(extra.values()) and not more:
         reason = f"this run counts {begun.unit}s: give --extra-{begun.unit}s"

@@ -310,14 +310,14 @@ def in_a_terminal(*words, cwd, columns=80):
 
 
 def test_a_hook_is_described_in_80_columns_and_in_a_pipe_in_a_line_each(tmp_path):
-    from lal.hooks.registry import HOOKS
+    from lal.hooks.registry import REGISTRY
     for words in (("hooks",), ("hooks", "describe", "hessian")):
         lines = in_a_terminal(*words, cwd=tmp_path).splitlines()
         assert max(map(len, lines)) <= 80 and sum(line.strip() != "" for line in lines) > 15
     at = next(i for i, line in enumerate(lines) if line.startswith("content_norm "))
     assert lines[at].split() == ["content_norm", "[0,", "∞)", "‖g_B‖"] and lines[at + 1].strip() == "B's own gradient, at the weights before A"
-    for hook in HOOKS:
+    for hook in REGISTRY.values():
         piped = lal("hooks", "describe", hook.name, cwd=tmp_path).stdout.splitlines()
         for metric in hook.metrics: assert any(line.startswith(f"{metric.name} ") and metric.meaning in line for line in piped), metric.name
     listed = lal("hooks", cwd=tmp_path).stdout.splitlines()
-    assert [line.split()[0] for line in listed[1 : 1 + len(HOOKS)]] == [hook.name for hook in HOOKS]
+    assert [line.split()[0] for line in listed[1 : 1 + len(REGISTRY)]] == [*REGISTRY]

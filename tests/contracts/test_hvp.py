@@ -2,10 +2,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from lal.core.device import generator, seeded
 from lal.modular.models import BaselineMLP, GrokTransformer
 from lal.modular.task import Task, encode, examples
-from lal.curvature.hvp import SCHEMES, STEPS, gradient, hvp
+from lal.curvature.hvp import SCHEMES, STEPS, DrawnAs, NotTwiceDifferentiable, _check_graph, _following, gradient, hvp
 from lal.curvature.params import axpy, cosine, dot, flatten, loss_function, norm, params_of, unflatten
 
 F64 = torch.float64
@@ -257,3 +260,182 @@ def test_float32_inside_f_is_an_error_and_rounding_noise_is_not(scheme):
     f, params = loss_function(model, X, torch.tensor([0, 1, 2, 0, 1, 2])), params_of(model)     # the first bias has no influence
     v = gradient(f, params)
     assert close(hvp(f, params, v, scheme), hvp(f, params, v, "exact"), 1e-3)
+
+
+# Operations without a second derivative.
+
+
+def attention(t, p=0.0, fused=True, causal=True):
+    q, k, v = t.view(3, 1, 2, 5, 4)
+    with seeded(0, "dropout"):
+        if fused: return functional.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal).pow(3).sum()
+        scores = (q / 4**0.25) @ (k / 4**0.25).transpose(2, 3)
+        weights = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1) & causal, -torch.inf).softmax(-1)
+        return (functional.dropout(weights, p) @ v).pow(3).sum()
+
+
+T, W = torch.randn(2, 120, dtype=F64, generator=generator(0, "attention"))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_product_through_fused_attention_is_that_of_the_dense_hessian(p, causal):
+    f = lambda t: attention(t, p, causal=causal)
+    written = lambda t: attention(t, p, False, causal)
+    assert torch.allclose(f(T), written(T), rtol=1e-12)
+    theta = T.clone().requires_grad_()
+    slope = torch.autograd.grad(written(theta), theta, create_graph=True)[0]
+    H = torch.stack([torch.autograd.grad(g, theta, retain_graph=True)[0] for g in slope])
+    assert (H - H.T).norm() < 1e-12 * H.norm()
+    for scheme, tolerance in (("exact", 1e-10), ("central", 1e-7), ("forward", 1e-5)):
+        assert (hvp(f, T, W, scheme) - H @ W).norm() < tolerance * (H @ W).norm(), scheme
+        assert (hvp(f, T.float(), W.float(), scheme) - H @ W).norm() < 1e-4 * (H @ W).norm(), scheme
+
+
+def test_the_kernel_is_changed_for_the_exact_product_alone():
+    seen = []
+    def f(t):
+        seen.append(torch.backends.cuda.flash_sdp_enabled())
+        return attention(t)
+    hvp(f, T, W, "exact")
+    hvp(f, T, W)
+    assert seen == [True, False, True, True] and torch.backends.cuda.flash_sdp_enabled()
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t):
+        ctx.save_for_backward(t)
+        return t**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+def compiled(p):
+    return torch.compile(lambda t: (t**3).sum(), backend="aot_eager")(p["w"])
+
+
+ONCE = [  # functions, and words that the error must say
+    (lambda p: Cube.apply(p["w"]).sum(), "Cube is once_differentiable"),
+    (lambda p: Cube.apply(p["w"] ** 2).square().sum() + p["b"].sum(), "Cube is once_differentiable"),
+    (lambda p: torch.cdist(p["w"].T, X).sum(), "'_cdist_backward' is not implemented"),
+    (compiled, "torch.compile with aot_autograd"),
+]
+
+
+@pytest.mark.parametrize("f, words", ONCE, ids=[words for _, words in ONCE])
+def test_an_operation_without_a_second_derivative_is_named_with_the_way_out(f, words):
+    params = {**GOOD, "w": GOOD["w"] + 3}
+    with pytest.raises(NotTwiceDifferentiable) as error:
+        hvp(f, params, V, "exact")
+    assert words in str(error.value) and "use scheme = forward or central" in str(error.value) and "\n" not in str(error.value)
+    assert close(hvp(f, params, V, epsilon=1e-2), hvp(f, params, V, "central", 1e-2), 0.1)
+
+
+ops = torch.ops.aten
+FUSED = {
+    "flash": lambda q, p: ops._scaled_dot_product_flash_attention(q, q, q, p)[0],
+    "efficient": lambda q, p: ops._scaled_dot_product_efficient_attention(q, q, q, None, True, p)[0],
+    "cudnn": lambda q, p: ops._scaled_dot_product_cudnn_attention(q, q, q, None, True, p)[0],
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_the_dropout_of_fused_attention_on_a_gpu_is_seen_in_the_graph(kind):
+    q = torch.randn(1, 2, 8, 8, device="meta", requires_grad=True)
+    assert _check_graph(FUSED[kind](q, 0.0).sum()) and not _check_graph(q.sum())
+    with pytest.raises(NotTwiceDifferentiable, match="scaled_dot_product_attention with dropout"):
+        _check_graph(FUSED[kind](q, 0.1).sum())
+
+    def f(p):  # as PyTorch chooses the kernel on a GPU
+        q = p["q"]
+        return (functional.dropout(q, 0.1) if q.dtype == F64 else FUSED[kind](q, 0.1)).sum()
+
+    point = {"q": q.detach()}
+    with pytest.raises(ValueError, match="draws another mask in torch.float64: .* give hvp a number for epsilon"):
+        _following(f, point, F64)(as_dtype(point, F64))
+
+
+# The same random numbers in every dtype.
+
+DRAWS = {
+    "rand": lambda t: torch.rand(t.shape, dtype=t.dtype),
+    "randn": lambda t: torch.randn(t.shape, dtype=t.dtype),
+    "normal": lambda t: torch.normal(0.0, 1.0, t.shape, dtype=t.dtype),
+    "float32 alone": lambda t: torch.rand(t.shape, dtype=torch.float32).to(t),
+    "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "randn_like, turned": lambda t: torch.randn_like(t.T).T,
+    "randint_like": lambda t: torch.randint_like(t, 9),
+    "integers": lambda t: torch.randint_like(t, 9, dtype=torch.long).to(t),
+    "uniform_": lambda t: torch.empty_like(t).uniform_(-1, 1),
+    "every second": lambda t: torch.zeros_like(t).repeat(2, 2)[::2, ::2].uniform_(),
+    "normal_": lambda t: torch.empty_like(t).normal_(),
+    "exponential_": lambda t: torch.empty_like(t).exponential_(),
+    "cauchy_": lambda t: torch.empty_like(t).cauchy_(),
+    "log_normal_": lambda t: torch.empty_like(t).log_normal_(),
+    "geometric_": lambda t: torch.empty_like(t).geometric_(0.3),
+    "bernoulli_": lambda t: torch.empty_like(t).bernoulli_(0.3),
+    "bernoulli": lambda t: torch.bernoulli(torch.full_like(t, 0.3)),
+    "multinomial": lambda t: torch.multinomial(torch.full_like(t, 0.5), 3).to(t),
+    "randperm": lambda t: t[torch.randperm(len(t))],
+    "own generator": lambda t: torch.rand(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(1)),
+    "dropout": lambda t: functional.dropout(t, 0.3),
+    "native_dropout": lambda t: torch.native_dropout(t, 0.5, True)[0],
+    "not training": lambda t: torch.native_dropout(t, 0.5, False)[0],
+    "feature dropout": lambda t: functional.dropout1d(t, 0.3),
+    "distribution": lambda t: torch.distributions.Uniform(0 * t, t).rsample(),
+}
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", DRAWS)
+def test_random_numbers_in_float64_are_those_of_the_own_dtype(kind, own):
+    draw, t = DRAWS[kind], torch.ones(40, 30)
+    with seeded(0, "probe"): want, state = draw(t.to(own)), torch.get_rng_state()
+    with seeded(0, "probe"), DrawnAs(own, F64): found, after = draw(t.double()), torch.get_rng_state()
+    assert found.dtype == F64 and torch.equal(state, after)
+    assert torch.allclose(found, want.double(), rtol=torch.finfo(own).eps, atol=0)  # dropout divides by 1 − p
+
+
+def replayed(draw):
+    def f(p):
+        with seeded(0, "probe"): return draw(p)
+    return f
+
+
+NOISY = {
+    "noise": lambda p: smooth(p) + (torch.randn_like(p["w"]) * p["w"]).tanh().square().sum(),
+    "mask": lambda p: (smooth(p) + functional.dropout(p["w"].sin(), 0.5).square().sum()),
+    "checkpoint": lambda p: checkpoint(lambda w: (w.sin() * torch.rand_like(w)).square().sum(), p["w"], use_reentrant=False) + smooth(p),
+    "attention": lambda p: functional.scaled_dot_product_attention(p["w"][None], p["w"][None], p["w"][None], dropout_p=0.4).square().sum() + smooth(p),
+}
+
+
+@pytest.mark.parametrize("kind", NOISY)
+def test_a_function_that_draws_is_the_same_in_every_dtype(kind):
+    f = replayed(NOISY[kind])
+    assert close(gradient(f, GOOD), gradient(f, GOOD, F64))
+    state, exact = torch.get_rng_state(), hvp(f, GOOD, V, "exact")
+    for scheme in STEPS:
+        assert close(hvp(f, GOOD, V, scheme), exact)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+SPLIT = {
+    "rrelu": lambda p: functional.rrelu(p["w"] - 5, training=True).square().sum(),
+    "normal": lambda p: torch.normal(p["w"], 1.0).sum() + smooth(p),
+    "_standard_gamma": lambda p: torch._standard_gamma(p["w"].exp()).sum(),
+}
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_random_numbers_that_cannot_be_told_from_the_inputs_are_an_error(kind):
+    f = replayed(SPLIT[kind])
+    with pytest.raises(ValueError) as error:
+        gradient(f, GOOD, F64)
+    assert f"aten::{kind}" in str(error.value) and "give hvp a number for epsilon" in str(error.value) and "\n" not in str(error.value)
+    assert gradient(f, GOOD).keys() == GOOD.keys()
