@@ -259,7 +259,7 @@ def test_transformers_resumed_from_elsewhere_begins_anew_with_a_warning(tmp_path
 class Net(pl.LightningModule):
     "Dropout, batch normalisation, logging, metrics, and a list that an epoch's end averages."
 
-    def __init__(self, wide=True):
+    def __init__(self):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 3))
         self.accuracy = torchmetrics.classification.MulticlassAccuracy(3)
