@@ -129,13 +129,13 @@ def definitions(runs: list[Run]) -> str:
 def trained(runs: list[Run]) -> str:
     "What was trained, and with which optimizer, in one line."
     about = " / ".join(dict.fromkeys(run.about for run in runs))
-    batch = [run.config.get("batch_size") for run in runs]
+    batch = [r.config["batch_size"] for r in runs if "batch_size" in r.config]
     sizes = [f"batches of {n}" if n else "full batches" for n in batch]
     values = [_values(runs, key) for key in ("optimizer", "lr", "weight_decay")]
     names = ("{}", "lr {}", "weight decay {}")
     said = [name.format(value) for name, value in zip(names, values) if value]
-    how = ", ".join([*said, " / ".join(dict.fromkeys(sizes))])
-    return f"{about} · {how}"
+    said += [" / ".join(dict.fromkeys(sizes))] if sizes else []
+    return f"{about} · {', '.join(said)}"
 
 
 def _values(runs: list[Run], key: str) -> str:

@@ -118,7 +118,8 @@ class Run:
     @property
     def unit(self) -> str:
         "What the run counts: `epoch` or `step`."
-        return "step" if self.config.get("steps") else "epoch"
+        counts_steps = self.config.get("steps") or self.config.get("unit") == "step"
+        return "step" if counts_steps else "epoch"
 
     @property
     def length(self) -> str:

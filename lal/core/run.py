@@ -128,6 +128,9 @@ class RunFolder:
         "The run's configuration."
         file = self.path / "config.yaml"
         values = as_written(a_mapping(read_yaml(file), str(file)))
+        if values.get("experiment") == "watched":
+            reason = "the run has a loop of its own, which goes on with run.load_state_dict of lal.hooks.watch"
+            raise ConfigError(reason, source=str(self.path))
         return make_config(values, source=str(file))
 
     def write_config(self, config: Config | dict) -> None:
@@ -317,7 +320,10 @@ def summarize(
     "What `summary.json` holds: status, last and best values, when each milestone was reached, and how far the headline fell after the last."
     if not len(history):
         return {"status": status, "epochs": 0, "steps": 0, **more}
-    head, last = history[experiment.headline], history.iloc[-1]
+    last = history.iloc[-1]
+    head = history.get(experiment.headline, pd.Series(dtype=float))
+    if not head.notna().any():  # a loop of one's own may log nothing but its numbers
+        return {"status": status, "epochs": int(last.epoch), "steps": int(last.step), **more}
     best = history.iloc[int(head.argmax() if experiment.higher else head.argmin())]
     names = [m.name for m in experiment.columns if m.name in history]
     found = {"status": status, "epochs": int(last.epoch), "steps": int(last.step)}

@@ -113,16 +113,7 @@ def nudged(params: Params) -> Params:
         found[name] = t * (1 + torch.finfo(t.dtype).eps * signs)
     return found
 
-# %% ../../nbs/hooks/14_hessian.ipynb #f2756e9b
-TIMES = 10  # as long as its floor must a difference be
-DIFFERENCES = {
-    "relative_change": ("change",),
-    "change_cossim": ("change",),
-    "eta_residual": ("change", "eta_rest"),
-    "displacement_residual": ("change", "rest"),
-}
-
-
+# %% ../../nbs/hooks/14_hessian.ipynb #7be19c04
 def floors_in_product(scheme: str, epsilon: float | None, like: Params) -> float:
     "How many floors of rounding are in H times a unit vector, by differences."
     if scheme == "exact":
@@ -132,6 +123,15 @@ def floors_in_product(scheme: str, epsilon: float | None, like: Params) -> float
         return 1 / (pace * epsilon)
     wide, own = torch.float64, next(iter(like.values())).dtype
     return torch.finfo(wide).eps / torch.finfo(own).eps / (pace * STEPS[scheme])
+
+# %% ../../nbs/hooks/14_hessian.ipynb #f2756e9b
+TIMES = 10  # as long as its floor must a difference be
+DIFFERENCES = {
+    "relative_change": ("change",),
+    "change_cossim": ("change",),
+    "eta_residual": ("change", "eta_rest"),
+    "displacement_residual": ("change", "rest"),
+}
 
 
 def hidden(length: dict[str, Tensor], floors: dict[str, Tensor]) -> list[str]:

@@ -1,6 +1,7 @@
 "Hooks on a loop of one's own: training bit for bit as nobody watched it, the trainer's rows, resumes, run folders, and one sentence for each loop that can't be right."
-import copy, functools, random
+import copy, functools, os, random, shutil, signal, subprocess, sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import pandas as pd
@@ -12,7 +13,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
-from lal.analysis.runs import load_run
+from typer.testing import CliRunner
+from lal.analysis.runs import list_runs, load_run, runs_table
+from lal.analysis.store import RunStore
+from lal.app.cli import app
 from lal.core.config import load_config
 from lal.core.device import deterministic, generator, rng_states, seeded, threads
 from lal.core.errors import ConfigError, HookError
@@ -811,3 +815,252 @@ def test_a_batch_may_have_any_form(form):
                     optimizer.step()
         rows.append((run.table("hessian"), run.table("training_metrics")))
     for ours, theirs in zip(*rows): pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+
+
+# 7. The run folder, and going on with the right one.
+
+
+def watched_run(root, name, unit="epoch", last=12, **options):
+    with seeded(0, "train"):
+        loop = Loop(unit=unit).watch(fitting(unit), root=root, name=name, **{"log_every": 1 if unit == "epoch" else 4, **options})
+        with loop.run: logged(loop, 1, last)
+    return loop
+
+
+@pytest.fixture(scope="session")
+def both(tmp_path_factory):
+    "A root with a run of the trainer and two watched ones."
+    root = tmp_path_factory.mktemp("both")
+    config = load_config("quickstart", ("epochs=3", "p=11", "hooks=minimal"), seeds=None, name="trained", device="cpu", warmup_epochs=0)
+    Trainer(config, root, progress=False, hooks=create_hooks(config)).fit()
+    for unit in UNITS: watched_run(root, unit, unit)
+    return root
+
+
+def lal(*words, code=0):
+    result = CliRunner().invoke(app, [*map(str, words)])
+    assert result.exit_code == code and (result.exception is None or isinstance(result.exception, SystemExit)), (result.output, result.exception)
+    return result.output
+
+
+def test_a_watched_run_reads_like_any_other(both):
+    runs = {run.name: run for run in list_runs(both, errors="raise")}
+    assert [*runs] == ["epoch", "step", "trained"] and load_run("epoch", both).name == "epoch"
+    for unit in UNITS:
+        run = runs[unit]
+        assert run.summary["status"] == "finished" and run.summary["steps"] == 12 and run.summary["parameters"] == 140
+        assert run.summary["final_loss"] == run.history.loss.iloc[-1] and run.summary["best_loss"] == run.history.loss.min()
+        assert run.unit == unit and run.length == ("3 epochs" if unit == "epoch" else "12 steps")
+        assert {*run.columns.name} >= {"loss", "own/0", "own/1", "own/2", "lr", "total_weight_norm"} and run.headline == "loss"
+        assert run.about == "Tied, 140 parameters, SGD lr 0.05" and {"training_metrics"} <= {*run.hooks} <= {*fitting(unit)} and run.config["momentum"] == 0.9
+        assert "loss" in repr(run) and run.name in run._repr_html_() and "Tied" in run.ran_on
+        assert not run.milestones and run.epochs_saved == []
+    table = runs_table([*runs.values()])
+    assert table.run.tolist() == [*runs] and table.length.tolist() == ["3 epochs", "12 steps", "3 epochs"]
+
+
+def test_runs_of_both_kinds_are_asked_in_one_query(both):
+    store = RunStore(both)
+    rows = store.query("SELECT run, experiment, status, steps, max_epochs, model, best_loss FROM runs ORDER BY run")
+    assert rows.experiment.tolist() == ["watched", "watched", "modular"] and rows.model.tolist()[:2] == ["Tied", "Tied"]
+    assert rows.status.tolist() == ["finished"] * 3 and rows.max_epochs.isna().tolist() == [True, True, False]
+    rows = store.query("SELECT run, count(*) n, max(step) s, count(loss) loss, count(test_acc) acc FROM history GROUP BY run ORDER BY run")
+    assert rows.s.tolist()[:2] == [12, 12] and (rows.acc > 0).tolist() == [False, False, True] and (rows.loss > 0).tolist() == [True, True, False]
+    rows = store.query("SELECT run, count(*) n FROM training_metrics GROUP BY run ORDER BY run")
+    assert rows.run.tolist() == ["epoch", "step", "trained"] and rows.n.tolist()[0] == 12
+    rows = store.query("SELECT metric, meaning FROM metrics WHERE hook = 'history'")
+    assert {"loss", "own/1", "test_acc"} <= {*rows.metric} and "logged by the loop" in {*rows.meaning}
+
+
+def test_the_command_line_lists_and_reports_watched_runs(both, tmp_path):
+    said = lal("runs", "--root", both)
+    assert all(word in said for word in ("epoch", "step", "trained", "12 steps", "Tied, 140 parameters"))
+    assert "12" in lal("runs", "--root", both, "--sql", "SELECT max(step) FROM history WHERE run = 'step'")
+    for names in (["epoch"], ["step"], ["epoch", "step"], ["epoch", "trained"]):
+        lal("report", *names, "--root", both, "--output", tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text("utf-8")
+        assert "Tied, 140 parameters" in page and "nan" not in page.partition("<script")[0].lower()
+        if "trained" not in names: assert "full batches" not in page and "SGD" in page and "optimizer" not in page.partition("<h1>")[0].partition("SGD")[0][-20:]
+
+
+def test_a_watched_run_is_not_trained_by_the_trainer(both, tmp_path):
+    root = shutil.copytree(both, tmp_path / "both")
+    before = {f: f.read_bytes() for f in (root / "epoch").rglob("*") if f.is_file()}
+    for more in ("--resume", "--extra-epochs=3"):
+        said = lal("train", "quickstart", "--set", "seeds=null", "--name", "epoch", "--root", root, more, code=2)
+        assert said.count("\n") == 1 and "a loop of its own" in said and "run.load_state_dict" in said, said
+    config = load_config("quickstart", seeds=None, name="epoch", hooks={})
+    with pytest.raises(ConfigError) as error: Trainer(config, root, progress=False).fit(resume=True)
+    assert "a loop of its own" in one_line(error)
+    with pytest.raises(ConfigError) as error: Trainer(config, root, progress=False).fit()
+    assert "exists already" in one_line(error)
+    assert before == {f: f.read_bytes() for f in (root / "epoch").rglob("*") if f.is_file()}
+
+
+def test_an_existing_run_is_refused_and_whole_and_replaced_when_asked(tmp_path):
+    watched_run(tmp_path, "one")
+    before = {f: f.read_bytes() for f in (tmp_path / "one").rglob("*") if f.is_file()}
+    for _ in range(2):
+        loop = Loop().watch("norms", root=tmp_path, name="one")
+        with pytest.raises(ConfigError) as error: loop.go(1)
+        assert "exists already: resume it, overwrite it, or choose another name" in one_line(error)
+    assert before == {f: f.read_bytes() for f in (tmp_path / "one").rglob("*") if f.is_file()}
+    first = Loop().watch("norms", root=tmp_path, name="one", overwrite=True).go(4)  # still open
+    with pytest.raises(ConfigError) as error: Loop().watch("norms", root=tmp_path, name="one", overwrite=True).go(1)
+    assert "another process is training this run" in one_line(error)
+    first.run.close()
+    assert len(load_run("one", tmp_path).history) == 1
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), "interrupted"), (Stop("two\nlines"), "failed"), (SystemExit(3), "failed"), (None, "finished")])
+def test_the_summary_says_how_the_loop_ended(error, status, tmp_path):
+    loop = Loop().watch(fitting("epoch"), root=tmp_path, name="ended")
+    with pytest.raises(type(error)) if error else nullcontext():
+        with loop.run:
+            loop.go(6)
+            if error: raise error
+    loop.run.close()  # a second time changes nothing
+    run = load_run("ended", tmp_path)
+    assert run.summary["status"] == status and run.summary.get("error") == ("two\nlines" if isinstance(error, Stop) else "3" if isinstance(error, SystemExit) else None)
+    assert run.history.step.tolist() == [4] and len(run.hook("training_metrics")) == 6 and run.summary["seconds"] > 0
+    pd.testing.assert_frame_equal(loop.run.table("training_metrics"), run.hook("training_metrics"))
+
+
+def test_a_close_that_fails_does_not_hide_why_the_loop_ended(tmp_path, monkeypatch):
+    loop = Loop().watch("norms", root=tmp_path)
+    monkeypatch.setattr("lal.hooks.watch.close_record", lambda *_: 1 / 0)
+    with pytest.raises(Stop), loop.run:
+        loop.go(2)
+        raise Stop
+    monkeypatch.undo()
+    with Loop().watch("norms", root=tmp_path, overwrite=True).run as run: run.begin_epoch()  # the lock is free
+
+
+def test_a_history_without_a_log_point_is_summarised_and_read(tmp_path):
+    with Loop(unit="step").watch("training_metrics", root=tmp_path, name="brief").run as run: pass
+    assert not [*tmp_path.iterdir()]  # nothing was done
+    for logs in (False, True):
+        loop = Loop(unit="step").watch("training_metrics", root=tmp_path, name="brief", overwrite=True)
+        with loop.run:
+            if logs: loop.run.log(acc=0.1)
+            loop.go(7)
+            if logs: loop.run.log(acc=0.5)
+        run = load_run("brief", tmp_path)
+        assert run.summary["status"] == "finished" and run.summary["steps"] == (7 if logs else 0)
+        assert run.history.get("acc", pd.Series()).tolist() == [0.1, 0.5][: 2 * logs] and run.unit == "step"
+        assert "brief" in repr(run) and lal("runs", "--root", tmp_path) and run._repr_html_()
+        assert len(RunStore(tmp_path).query("SELECT * FROM runs")) == 1
+        if logs: lal("report", "brief", "--root", tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+import lal.core.run
+from test_watch import Loop, fitting, logged
+lal.core.run.FLUSH_SECONDS = float(sys.argv[3])
+loop = Loop(unit=sys.argv[2]).watch(fitting(sys.argv[2]), root=sys.argv[1], name="killed", log_every=2)
+logged(loop, 1, 26)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("unit, seconds", [("epoch", 1000), ("step", -1)])
+def test_a_loop_that_is_killed_leaves_a_run_that_can_be_read(unit, seconds, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), unit, str(seconds)]
+    ended = subprocess.run(command, cwd=Path(__file__).parent, env={**os.environ, "PYTHONPATH": os.pathsep.join(["."] + sys.path)}, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    run, = list_runs(tmp_path, errors="raise")
+    assert run.summary == {"status": "running"} and "killed" in repr(run) and lal("runs", "--root", tmp_path)
+    assert RunStore(tmp_path).query("SELECT status FROM runs").status.tolist() == ["running"]
+    if seconds < 0:
+        rows, _ = straight(unit)
+        assert run.unit == unit and len(run.history) >= 10 and len(run.hook("training_metrics")) == 26
+        assert lal("report", "killed", "--root", tmp_path)
+    Loop().watch("norms", root=tmp_path, name="killed", overwrite=True).go(4).run.close()
+
+
+def saved_state(root, name, last=10):
+    loop = Loop().watch(fitting("epoch"), root=root, name=name).go(last)
+    state = loop.run.state_dict()
+    loop.run.close()
+    return state
+
+
+def test_the_checkpoint_of_another_run_is_refused_before_a_row_is_lost(tmp_path, both):
+    state, memory = saved_state(tmp_path, "one"), saved_state(None, "one")
+    watched_run(tmp_path, "two", last=24)
+    shutil.copytree(both / "trained", tmp_path / "trained")
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*.parquet")}
+
+    def load(state, root, name="one", hooks=None, **options):
+        with pytest.raises(ConfigError) as error: Loop().watch(hooks or fitting("epoch"), root=root, name=name, **options).run.load_state_dict(state)
+        return one_line(error)
+
+    assert "the checkpoint is of a run in a folder one, and this one is in a folder two: give watch the root and name of then" in load(state, tmp_path, "two")
+    assert "is of a run in a folder one, and this one is in memory (root = None)" in load(state, None)
+    assert "is of a run in memory (root = None), and this one is in a folder one" in load(memory, tmp_path)
+    assert "belongs to a run that is not here: give its root and name" in load(state, tmp_path / "elsewhere")
+    assert "belongs to a run that is not here" in load({**state, "run": "a folder trained"}, tmp_path, "trained")
+    assert "has fewer rows than when the checkpoint was made" in load({**state, "rows": {**state["rows"], "history": 100}}, tmp_path)
+    assert before == {f: f.read_bytes() for f in tmp_path.rglob("*.parquet")}
+    Loop().watch(fitting("epoch"), root=tmp_path, name="one").run.load_state_dict({})  # of a loop that had made no step
+
+
+def test_another_reference_is_refused_before_a_row_is_lost(tmp_path):
+    one, two = (dict(Loop(seed=k).model.named_parameters()) for k in (1, 2))
+    loop = Loop().watch("hessian", root=tmp_path, reference=one).go(6)
+    state = loop.run.state_dict()
+    loop.go(9, 7).run.close()
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*.parquet")}
+    again = Loop().watch("hessian", root=tmp_path, reference=two)
+    with pytest.raises(ConfigError) as error: again.run.load_state_dict(state)
+    assert "the weights to compare with are not those that the run began with" in one_line(error)
+    assert before == {f: f.read_bytes() for f in tmp_path.rglob("*.parquet")}
+    Loop().watch("hessian", root=tmp_path, reference=one).run.load_state_dict(state)
+
+
+def test_a_run_may_go_on_with_a_hook_more_or_less_and_after_its_end(tmp_path):
+    loop = Loop().watch("norms", root=tmp_path, name="on")
+    with loop.run: logged(loop, 1, 8)
+    saved = loop.checkpoint()
+    again = Loop(seed=1).watch("consecutive", root=tmp_path, name="on")
+    with pytest.warns(UserWarning) as said: again.restore(saved)
+    assert [str(w.message) for w in said] == ["the run goes on with other hooks: consecutive watches from here on, norms no longer watches"]
+    with again.run: again.go(16, 9)
+    run = load_run("on", tmp_path)
+    assert run.summary["status"] == "finished" and run.history.step.tolist() == [4, 5, 8, 12, 16]
+    assert run.hook("norms").epoch.tolist() == [1, 2] and run.hook("consecutive").epoch.tolist() == [4]
+    assert "own/2" in {*run.columns.name}  # logged by the first part alone
+    assert len(run.environment["continued"]) == 1 and run.environment["continued"][0]["step"] == 8
+
+
+def test_a_state_goes_through_a_file_of_tensors_and_plain_values(tmp_path):
+    for root in (tmp_path, None):
+        loop = Loop(clip=0.3).watch({**fitting("epoch"), "norms": {"every_n_epochs": 1}}, root=root, name="state").go(22)
+        torch.save(loop.run.state_dict(), tmp_path / "run.pt")
+        saved = torch.load(tmp_path / "run.pt", weights_only=True)
+        assert digest(saved) == digest(loop.run.state_dict() | {"seconds": saved["seconds"]}) and saved["step"] == 22 and saved["in_epoch"]
+        twice = [Loop(clip=0.3).watch({**fitting("epoch"), "norms": {"every_n_epochs": 1}}).run for _ in range(2)]
+        if root is None:
+            for run in twice:
+                run.load_state_dict(saved)  # a dict that is loaded is not changed by going on
+                assert digest(run.hooks.state_dict()) == digest(saved["hooks"])
+                run.begin_epoch()
+                run.end_epoch()
+        loop.run.close()
+
+
+def test_numbers_of_any_optimizer_are_in_the_configuration(tmp_path):
+    model = perceptron()
+    groups = [{"params": [p], "name": n, "about": object()} for n, p in model.named_parameters()]
+    optimizer = torch.optim.Adam(groups, lr=torch.tensor(0.01), betas=(0.8, 0.9))
+    with watch(model, optimizer, mean_square, "norms", root=tmp_path, name="own", seed=3) as run:
+        with run.epoch(), run.step(batches_of(1)[0]):
+            mean_square(model, batches_of(1)[0]).backward()
+            optimizer.step()
+    found = load_run("own", tmp_path).config
+    assert found["name"] == "own" and found["seed"] == 3 and found["betas"] == [0.8, 0.9] and abs(found["lr"] - 0.01) < 1e-8 and "about" not in found
