@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['WAYS_OUT', 'SAME', 'WatchedLoop', 'History', 'run_config', 'hooks_named', 'check_watchable', 'check_options',
-           'uncompiled', 'LoopError', 'StepCheck', 'first_gradient']
+           'uncompiled', 'LoopError', 'StepCheck', 'first_gradient', 'Watching', 'accumulated']
 
 # %% ../../nbs/hooks/08_loop.ipynb #843ac7f0
 import json, re, weakref
+from typing import Callable
 import msgspec
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..core.config import NAME, NAME_SAYS, read_hooks
+from ..core.device import rng_states
 from ..core.errors import ConfigError, shown
 from ..core.experiment import Experiment, Metric, declaration, history_columns
 from ..core.run import RunFolder
@@ -274,3 +276,59 @@ def first_gradient(view: HookState, batch: Batch) -> Params:
         elif "does not depend on params" in reason:
             reason = "its value does not depend on the model it is given: compute with its argument `model`, not with another name, and without detach or no_grad"
         raise LoopError(f"loss_fn(model, batch): {reason}") from None
+
+# %% ../../nbs/hooks/08_loop.ipynb #d4240e87
+class Watching:
+    "A watched run inside a callback: the options of `watch`, the run, and the batches of the step at hand."
+
+    def __init__(self, **options):
+        self.options, self.run, self.active = options, None, False
+        self.saved: dict | None = None  # what the next run goes on from
+        self.batches, self.states = [], None
+
+    def open(self, run, step: int, epoch: int) -> None:
+        "Go on from `saved`, or begin after this step and epoch of the library's."
+        self.run, self.active, self.batches = run, True, []
+        saved, self.saved = self.saved, None
+        if saved:
+            run.load_state_dict(saved)
+        else:
+            run.state.step, run.state.epoch = step, epoch
+        if run.joined:
+            run.begin_epoch()
+
+    def add(self, share: float, *batch) -> None:
+        "A batch is about to be used; its loss is multiplied by `share`."
+        if not self.run.in_epoch:
+            self.run.begin_epoch()
+        if not self.batches:
+            self.states = rng_states(self.run.state.device)
+        self.batches.append((share, *batch))
+
+    def begin_step(self, norm=None, max_norm: float | None = None) -> None:
+        "The gradient of these batches is there; `max_norm`: what it is clipped to."
+        batches, self.batches = self.batches, []
+        self.run.begin_step(batches, self.states)
+        if max_norm:
+            self.run.clipped(norm, max_norm)
+
+    def finish(self, error: BaseException | None = None) -> None:
+        "Close the run: finished, or interrupted or failed by this error."
+        if self.active:
+            self.active = False
+            self.run.__exit__(error and type(error), error, None)
+
+    def table(self, hook: str) -> pd.DataFrame:
+        "All rows of a hook so far."
+        if self.run is None:
+            raise ConfigError("training has not begun, so there are no rows yet")
+        return self.run.table(hook)
+
+# %% ../../nbs/hooks/08_loop.ipynb #641e374f
+def accumulated(loss_fn: Callable[..., Tensor]) -> Callable[[nn.Module, list], Tensor]:
+    "The loss of a step, from the loss of a model and one of its batches."
+
+    def loss(model: nn.Module, batches: list) -> Tensor:
+        return sum(share * loss_fn(model, *batch) for share, *batch in batches)
+
+    return loss

@@ -278,7 +278,7 @@ def end_unit(run: WatchedRun, event: str, n: int) -> None:
     "Measure at a log point, fire the event, take a snapshot, write when it is time."
     s, due, row = run.state, run.schedule, run.rows.row
     if due.log_point(n) and s.batch is not None:
-        s.row = measure(s)
+        s.row = measure(s) | {"lr": s.lr}  # of this step, not the next
         logged = row if row and row["step"] == s.step else {}
         run.rows.add(s, {k: v for k, v in s.row.items() if k not in logged})
     run.hooks.fire(event, s)
@@ -385,7 +385,7 @@ def watch(
 
     make_hooks("epoch")  # what is wrong with them comes out now
     group, n = optimizer.param_groups[0], sum(p.numel() for p in model.parameters())
-    how = f"{type(optimizer).__name__} lr {float(group['lr']):g}"
+    how = f"{type(optimizer).__name__} lr {float(group.get('initial_lr', group['lr'])):g}"
     about = WatchedLoop(f"{type(model).__name__}, {n:,} parameters, {how}")
     state = TrainState(model, optimizer, None, None, loss, experiment=about)
     told = None if reference is None else "(a dict)" if isinstance(reference, dict) else str(reference)  # fmt: skip
