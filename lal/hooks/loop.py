@@ -288,7 +288,7 @@ class Watching:
             raise ConfigError("training has not begun, so there are no rows yet")
         return self.run.table(hook)
 
-
+# %% ../../nbs/hooks/08_loop.ipynb #641e374f
 def accumulated(loss_fn: Callable[..., Tensor]) -> Callable[[nn.Module, list], Tensor]:
     "The loss of a step, from the loss of a model and one of its batches."
 
