@@ -211,13 +211,14 @@ class GradientBuffer:
         here = self.last_step == view.train_state.step - 1
         view.show(previous_grad=moved(self.last, view.device) if here else None)
 
-    def after_step(self, view: HookState, due_next: bool) -> None:
+    def after_step(self, view: HookState) -> None:
         "Add this step's gradient to the epoch's, and keep it if a hook needs it at the next step."
         if self.wanted and self.sum is None:
             self.sum = view.unclipped()
         elif self.wanted:
             self.add(view)
         self.steps += self.wanted
+        due_next = self.due_next(view.train_state)
         self.last_step = view.train_state.step if due_next else None
         self.last = view.unclipped() if due_next else None
         if self.offload:
@@ -233,6 +234,14 @@ class GradientBuffer:
                 total += p.grad
             elif p.grad is not None:
                 total.addcdiv_(p.grad, factor)
+
+    def due_next(self, state: TrainState) -> bool:
+        "Whether a hook that needs this step's gradient may fire at the next step."
+        epochs, order, due = [state.epoch], state.batches, self.schedule.due_step
+        if self.schedule.unit == "epoch":  # a loop of one's own may begin a new one
+            begins = [True, False] if order is None else [order.at_start]
+            epochs = [state.epoch + new for new in begins]
+        return any(due(h, state.step + 1, e) for h in self.of_step for e in epochs)
 
     def end_epoch(self, view: HookState) -> None:
         "Show the mean of the epoch's gradients, until the next epoch begins."

@@ -1359,7 +1359,7 @@ def test_the_full_batch_is_followed_by_itself(tmp_path):
 def test_the_mean_of_an_epoch_is_that_of_the_gradients_before_clipping(monkeypatch, tmp_path):
     kept, add = {}, GradientBuffer.after_step
     grads = lambda s: {k: p.grad.double() / (float(s.clip_factor) if s.clip_factor is not None else 1) for k, p in s.model.named_parameters()}
-    monkeypatch.setattr(GradientBuffer, "after_step", lambda self, view, due: kept.setdefault(view.epoch, []).append(grads(view)) or add(self, view, due))
+    monkeypatch.setattr(GradientBuffer, "after_step", lambda self, view: kept.setdefault(view.epoch, []).append(grads(view)) or add(self, view))
     for clip in (None, 0.05):
         kept.clear()
         tables = rows_of(configure(name=f"clip_{clip}", grad_clip=clip, **ALL), tmp_path)
