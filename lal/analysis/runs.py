@@ -118,8 +118,7 @@ class Run:
     @property
     def unit(self) -> str:
         "What the run counts: `epoch` or `step`."
-        counts_steps = self.config.get("steps") or self.config.get("unit") == "step"
-        return "step" if counts_steps else "epoch"
+        return "step" if self.config.get("steps") or self.config.get("unit") == "step" else "epoch"  # fmt: skip
 
     @property
     def length(self) -> str:

@@ -157,7 +157,7 @@ def check_watchable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         reason = f"the model's parameters are on {' and '.join(sorted(places))}: hooks need them on one device"
         raise ConfigError(reason)
 
-
+# %% ../../nbs/hooks/08_loop.ipynb #ee068f6d
 def check_options(loss_fn, name: str, **numbers) -> None:
     "Raise `ConfigError` for a loss that is no function, a name that can't be a folder's, or numbers that aren't whole."
     if not callable(loss_fn):
@@ -170,7 +170,7 @@ def check_options(loss_fn, name: str, **numbers) -> None:
             reason = "must be a whole number, 1 or larger, or None"
             raise ConfigError(reason, key, n)
 
-
+# %% ../../nbs/hooks/08_loop.ipynb #b37413c4
 def uncompiled(model: nn.Module, loss_fn) -> tuple:
     "The module inside a compiled model, and a loss that is evaluated without the compiler."
 
@@ -187,10 +187,10 @@ WAYS_OUT = "Tell clipping by run.clipped(norm, max_norm); call optimizer.zero_gr
 class LoopError(RuntimeError):
     "A loop uses `watch` in a way that can't be right; the message says what to write."
 
-
+# %% ../../nbs/hooks/08_loop.ipynb #54899648
 SAME = 2e-2  # relative; two half-precision gradients of one loss agree better
 
-
+# %% ../../nbs/hooks/08_loop.ipynb #2ed717d0
 class StepCheck:
     "What happens between the beginning and the end of a step."
 

@@ -41,7 +41,7 @@ def block(run, begin: Callable, end: Callable, drop: Callable):
         raise
     end()
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #433140ec
 class WatchedRun:
     "A loop of one's own, seen by hooks: what `watch` returns."
 
@@ -146,7 +146,7 @@ def check_open(run: WatchedRun) -> None:
         reason = "the run is closed: put the loop inside `with watch(…) as run`, or call run.close() after it"
         raise LoopError(reason)
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #cf6d5127
 def start(run: WatchedRun, unit: str) -> None:
     "Decide what is counted, make the hooks and open the run folder; once."
     check_open(run)
@@ -177,7 +177,7 @@ def start(run: WatchedRun, unit: str) -> None:
         stack.callback(run.check.remove)
         run.hooks, run.stack = hooks, stack.pop_all()
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #e1f69238
 def open_folder(run: WatchedRun, hooks: Hooks, stack: ExitStack) -> RunFolder:
     "A new run folder, or the one to go on with, locked. Raises `ConfigError`."
     o, saved, here = run.options, run.saved, environment(run.state.device)
@@ -213,7 +213,7 @@ def begin_epoch(run: WatchedRun) -> None:
         run.hooks.fire(PRE_EPOCH, run.state)
     run.in_epoch, run.joined = True, False
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #bf63c96c
 def end_epoch(run: WatchedRun) -> None:
     "Measure at a log point, fire POST_EPOCH, and SNAPSHOT when it is time."
     if not run.in_epoch or run.in_step:
@@ -221,12 +221,12 @@ def end_epoch(run: WatchedRun) -> None:
     drop_epoch(run)
     end_unit(run, POST_EPOCH, run.state.epoch)
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #9247cb83
 def drop_epoch(run: WatchedRun) -> None:
     "Leave an epoch, at its end or before."
     run.in_epoch = run.joined = False
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #66262ca5
 def begin_step(run: WatchedRun, batch: Any, states: dict | None) -> None:
     "Fire PRE_STEP, and evaluate what has to be known before the step."
     if run.in_step:
@@ -245,7 +245,7 @@ def begin_step(run: WatchedRun, batch: Any, states: dict | None) -> None:
         params = {name: p.detach() for name, p in hooks.view.trainable().items()}
         s.loss = hooks.view.loss_at(params, now)
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #44a6ea96
 def end_step(run: WatchedRun) -> None:
     "Check the step, and fire POST_STEP; in a loop without epochs also what ends a unit."
     s = run.state
@@ -267,13 +267,13 @@ def end_step(run: WatchedRun) -> None:
         run.hooks.fire(POST_STEP, s)
         write_if_due(run)
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #a7cf4555
 def drop_step(run: WatchedRun) -> None:
     "Leave a step; it counts if the optimizer made it."
     run.in_step = False
     run.state.step -= not run.check.calls
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #be6c896a
 def end_unit(run: WatchedRun, event: str, n: int) -> None:
     "Measure at a log point, fire the event, take a snapshot, write when it is time."
     s, due, row = run.state, run.schedule, run.rows.row
@@ -287,7 +287,7 @@ def end_unit(run: WatchedRun, event: str, n: int) -> None:
     s.row = None
     write_if_due(run)
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #6dcb2806
 def write_if_due(run: WatchedRun) -> None:
     "Write the rows, every ten seconds."
     if run.folder is not None and run.folder.tables.due:
@@ -315,13 +315,13 @@ def run_state(run: WatchedRun) -> dict:
         "hooks": run.hooks.state_dict(),
     }
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #35657859
 def place(run: WatchedRun) -> str:
     "Where the rows are."
     o = run.options
     return "memory (root = None)" if o["root"] is None else f"a folder {o['name']}"
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #92039a3b
 def load_run_state(run: WatchedRun, saved: dict) -> None:
     "Go on from a state."
     if run.hooks is not None:
@@ -341,7 +341,7 @@ def load_run_state(run: WatchedRun, saved: dict) -> None:
         memory = {name: [*rows] for name, rows in saved["rows"].items()}
         run.rows.memory, run.hooks.rows.memory = memory.pop(""), memory
 
-
+# %% ../../nbs/hooks/09_watch.ipynb #d293bc6d
 def close_run(run: WatchedRun, status: str, **more) -> None:
     "Write what is open, merge the tables, and write the summary."
     if run.closed or run.hooks is None:
