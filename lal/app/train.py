@@ -132,11 +132,11 @@ def hooks_reported(trainer):
 def print_profile(profile, seconds: float) -> None:
     "Print a profile with each line's share of these seconds; nothing for an empty one."
     rows = [
-        (r.hook, r.point, f"{r.firings:,}", f"{r.ms:.3g}", f"{r.seconds:.2f}", f"{r.seconds / seconds:.1%}")
+        (r.hook, r.event, f"{r.firings:,}", f"{r.ms:.3g}", f"{r.seconds:.2f}", f"{r.seconds / seconds:.1%}")
         for r in profile.sort_values("seconds", ascending=False).itertuples()
     ]  # fmt: skip
     if rows:
-        names = ("hook", "point", "firings", "ms (median)", "seconds", "of the run")
+        names = ("hook", "event", "firings", "ms (median)", "seconds", "of the run")
         out.print(table(names, rows, right=names[2:]))
 
 # %% ../../nbs/app/03_train.ipynb #860567ae

@@ -171,4 +171,4 @@ class Profile:
             (*where, len(spent), 1e3 * float(np.median(spent)), sum(spent))
             for where, spent in self.seconds.items()
         ]
-        return pd.DataFrame(rows, columns=["hook", "point", "firings", "ms", "seconds"])
+        return pd.DataFrame(rows, columns=["hook", "event", "firings", "ms", "seconds"])

@@ -18,7 +18,7 @@ from ..core.errors import ConfigError, nearest
 from ..core.experiment import Experiment, Metric
 from ..core.keys import Count, Key, Natural, check_values, doc, keys_of
 from lal.core.state import (
-    POINTS,
+    EVENTS,
     POST_EPOCH,
     POST_STEP,
     PRE_EPOCH,
@@ -29,7 +29,7 @@ from lal.core.state import (
 # %% ../../nbs/hooks/01_hook.ipynb #2f302ff6
 def events_of(hook) -> tuple[str, ...]:
     "The events at which a hook, or class of hooks, fires."
-    return tuple(event for event in POINTS if callable(getattr(hook, event, None)))
+    return tuple(event for event in EVENTS if callable(getattr(hook, event, None)))
 
 # %% ../../nbs/hooks/01_hook.ipynb #3f6beca3
 def fires_at_steps(hook) -> bool:
@@ -145,7 +145,7 @@ def check_declaration(cls: type) -> None:
         if reason:
             raise ConfigError(f"hook {cls.name}: {reason}")
     if not events:
-        methods = ", ".join(POINTS)
+        methods = ", ".join(EVENTS)
         raise ConfigError(
             f"hook {cls.name} has none of the methods {methods}, so it would never fire"
         )
@@ -170,9 +170,9 @@ def _wrong_in_name(cls: type) -> str:
 
 
 def _misspelt(cls: type) -> str:
-    own = [n for n in dir(cls) if n[0] != "_" and n not in (*POINTS, *dir(Hook))]
+    own = [n for n in dir(cls) if n[0] != "_" and n not in (*EVENTS, *dir(Hook))]
     for name in own:
-        near = difflib.get_close_matches(name.lower(), POINTS, 1, 0.85)
+        near = difflib.get_close_matches(name.lower(), EVENTS, 1, 0.85)
         if near and callable(inspect.getattr_static(cls, name)):
             return f"no event is called {name}; did you mean {near[0]}? A method of another kind may begin with _"
     return ""
@@ -228,7 +228,7 @@ def never_fires(hook, schedule: Schedule) -> str | None:
     if schedule.snapshot_every and not hook.needs & Needs.EPOCH_GRAD:
         passed.add(SNAPSHOT)
     if schedule.unit == "step" and not events & passed:
-        return "fires at the points of an epoch, which a run that counts steps does not pass: leave it out, or name a set"
+        return "fires at the events of an epoch, which a run that counts steps does not pass: leave it out, or name a set"
     return None
 
 # %% ../../nbs/hooks/01_hook.ipynb #1166256d
@@ -288,7 +288,7 @@ def declaration(hook, metrics: list[Metric], parameters: list[str]) -> dict:
         "name": hook.name,
         "question": question(hook),
         "kind": hook.kind,
-        "points": events_of(hook),
+        "events": events_of(hook),
         "options": options,
         "metrics": [
             dict(name=column, formula=m.formula, low=m.range[0], high=m.range[1], meaning=m.meaning)

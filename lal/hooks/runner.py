@@ -17,7 +17,7 @@ from ..core.device import rng_states
 from ..core.errors import ConfigError, HookError
 from ..core.files import digest
 from ..core.run import RunFolder
-from ..core.state import POINTS, POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, SNAPSHOT, TrainState  # fmt: skip
+from ..core.state import EVENTS, POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, SNAPSHOT, TrainState  # fmt: skip
 from ..curvature.params import Params
 from .guard import Profile, diverged, event_label, guarded
 from lal.hooks.hook import (
@@ -73,7 +73,7 @@ class Dispatcher:
     ):
         self.view, self.schedule, self.rows = view, schedule, rows
         self.on_error, self.offload, self.profile = on_error, offload, profile
-        self.hooks_of = {e: [h for h in hooks if e in events_of(h)] for e in POINTS}
+        self.hooks_of = {e: [h for h in hooks if e in events_of(h)] for e in EVENTS}
         self.of_steps = [h for h in hooks if fires_at_steps(h)]
         self.gradients = GradientBuffer(hooks, schedule, offload)
         self.due: list[Hook] = []  # at the step at hand

@@ -228,7 +228,7 @@ WATCHED = (*SMALL, "--set", "epochs=24", "--set", "log_every=4", "--hooks", "nor
 def test_a_watched_run_leaves_a_table_for_each_hook_and_goes_on_as_it_began(tmp_path):
     done = lal("train", "quickstart", *WATCHED, "--name", "x", "--profile", cwd=tmp_path)
     table = [line.split() for line in done.stdout.splitlines() if line.startswith(("hook ", "hessian ", "norms ", "training_metrics "))]
-    assert table[0][:3] == ["hook", "point", "firings"] and ["hessian", "pre_step", "12"] in [row[:3] for row in table]
+    assert table[0][:3] == ["hook", "event", "firings"] and ["hessian", "pre_step", "12"] in [row[:3] for row in table]
     assert 0 < sum(float(row[-1].rstrip("%")) for row in table[1:]) < 100 and "\x1b" not in done.stdout + done.stderr
     run = tmp_path / "runs/x"
     assert sorted(p.name for p in (run / "hooks").iterdir()) == ["hessian.parquet", "norms.parquet", "training_metrics.parquet"]

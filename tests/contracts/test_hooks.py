@@ -15,7 +15,7 @@ from lal.core.files import digest, load_checkpoint, save_checkpoint
 from lal.core.keys import doc
 from lal.core.recorder import measure
 from lal.core.run import RunFolder, checkpoints
-from lal.core.state import POINTS, POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, SNAPSHOT, train_step
+from lal.core.state import EVENTS, POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, SNAPSHOT, train_step
 from lal.core.trainer import Trainer
 from lal.curvature.params import axpy, norm
 from lal.hooks.consecutive import Consecutive
@@ -555,7 +555,7 @@ WRONG = [  # keys of the configuration, and words the error must say
     (dict(hooks="norms", sinks=[["csv"]]), "sinks"),
     (dict(hooks=[3]), "hooks"),
     (dict(hooks="norms", on_error="ignore"), "must be one of stop, skip"),
-    (dict(hooks="norms", steps=50), "fires at the points of an epoch"),
+    (dict(hooks="norms", steps=50), "fires at the events of an epoch"),
 ]
 
 
@@ -961,7 +961,7 @@ def test_the_mean_of_an_epoch_is_there_at_snapshots(tmp_path):
     assert rows.epoch.tolist() == [2, 3, 4, 6, 8, 9, 10, 12, 14, 15] and alone.epoch.tolist() == [3, 6, 9, 12, 15]
     both = rows[rows.epoch.isin((6, 12))]
     assert both.fine.tolist() == both.later.tolist() and alone.later.tolist() == rows.later.dropna().tolist()
-    with pytest.raises(ConfigError, match="fires at the points of an epoch"): fit(configure("step", snapshot_every=3, name="s"), tmp_path, hooks)
+    with pytest.raises(ConfigError, match="fires at the events of an epoch"): fit(configure("step", snapshot_every=3, name="s"), tmp_path, hooks)
 
 
 @each_unit
@@ -983,7 +983,7 @@ def test_without_a_gradient_of_the_step_before_a_hook_is_not_called(unit, tmp_pa
 def test_a_hook_of_epochs_and_snapshots_in_a_run_of_steps_without_snapshots_is_refused(unit, tmp_path):
     hook = declared(POST_EPOCH, SNAPSHOT)()
     if unit == "epoch": return fit(configure(unit), tmp_path, Hooks([hook]))
-    with pytest.raises(ConfigError, match="fires at the points of an epoch"): fit(configure(unit), tmp_path, Hooks([hook]))
+    with pytest.raises(ConfigError, match="fires at the events of an epoch"): fit(configure(unit), tmp_path, Hooks([hook]))
     fit(configure(unit, snapshot_every=5), tmp_path, Hooks([hook]))
 
 
@@ -1083,7 +1083,7 @@ def complaint(work, kind, point, call, verify="first"):
 
         return run
 
-    hooks = Hooks([a_hook(kind, point, name="meddler", **{p: at(p) for p in POINTS if p != point})(at(point))()], "skip", verify=verify)
+    hooks = Hooks([a_hook(kind, point, name="meddler", **{p: at(p) for p in EVENTS if p != point})(at(point))()], "skip", verify=verify)
     try:
         for _ in range(call):
             hooks.fire(PRE_EPOCH, state)
@@ -1091,7 +1091,7 @@ def complaint(work, kind, point, call, verify="first"):
             for here in (POST_STEP, POST_EPOCH, SNAPSHOT): hooks.fire(here, state)
     except HookError as error:
         return str(error), f"hook meddler, step {state.step} ({point}): changed"
-    assert calls == dict.fromkeys(POINTS, call)
+    assert calls == dict.fromkeys(EVENTS, call)
     return None, None
 
 
@@ -1102,7 +1102,7 @@ def names_it(said, where, words):
 @pytest.mark.filterwarnings("ignore:Detected call of")
 @pytest.mark.parametrize("work, words, kind, look", [*cases()])
 def test_a_hook_that_changes_training_is_stopped_at_its_first_call_at_each_point_also_under_skip(work, words, kind, look):
-    for point in POINTS: assert names_it(*complaint(work, kind, point, 1), words), point
+    for point in EVENTS: assert names_it(*complaint(work, kind, point, 1), words), point
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")
@@ -1625,7 +1625,7 @@ def test_one_object_in_loops_of_ones_own_watches_one_state_alone(dropout):
     before = digest(two.model.state_dict())
     with pytest.raises(ConfigError) as error: train(two, hooks)
     assert "another training state" in str(error.value) and "make new ones" in str(error.value) and "\n" not in str(error.value)
-    for point in POINTS:
+    for point in EVENTS:
         with pytest.raises(ConfigError, match="another training state"): hooks.fire(point, two)
     assert digest(two.model.state_dict()) == before
     train(one, hooks)

@@ -23,7 +23,7 @@ from lal.core.device import deterministic, generator, rng_states, seeded, thread
 from lal.core.errors import ConfigError, HookError
 from lal.core.experiment import Metric, find_experiment
 from lal.core.files import digest
-from lal.core.state import POINTS
+from lal.core.state import EVENTS
 from lal.core.trainer import Trainer
 from lal.hooks.hook import Hook, Needs, events_of
 from lal.hooks.loop import LoopError
@@ -221,7 +221,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("thing", CHANGES)
-@pytest.mark.parametrize("event", POINTS)
+@pytest.mark.parametrize("event", EVENTS)
 def test_a_hook_that_changes_training_is_stopped_and_named(event, thing):
     def meddle(self, state):
         if state.step >= 5: CHANGES[thing](state)
@@ -620,7 +620,7 @@ def test_hooks_of_epochs_in_a_loop_without_them_are_refused_by_name_and_left_out
     for hooks in ("norms", {"norms": {}}, [REGISTRY["norms"]()]):
         small = Small(hooks=hooks, root=tmp_path)
         with pytest.raises(ConfigError) as error: small.do(FINE)
-        assert "hook norms fires at the points of an epoch" in one_line(error) and "or put the steps inside `with run.epoch()`" in str(error.value)
+        assert "hook norms fires at the events of an epoch" in one_line(error) and "or put the steps inside `with run.epoch()`" in str(error.value)
     assert not [*tmp_path.glob("*")]
     for hooks in ("minimal", "full"):
         small = Small(hooks=hooks).do(FINE)
