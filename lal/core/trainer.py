@@ -298,7 +298,7 @@ class Trainer:
         root: str | Path = "runs",  # where run folders live
         overwrite: bool = False,  # replace an existing run of that name
         progress: bool | None = None,  # bar and lines; on a terminal if `None`
-        hooks=None,  # an object with `fire(point, state)`
+        hooks=None,  # an object with `fire(event, state)`
         experiment: Experiment | None = None,  # `None`: found by its name
     ):
         if config.seeds is not None:
