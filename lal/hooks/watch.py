@@ -162,7 +162,7 @@ def start(run: WatchedRun, unit: str) -> None:
     try:
         hooks.begin(s, due, o["seed"], o["root"])
     except ConfigError as error:
-        if unit == "step" and "points of an epoch" in str(error):
+        if unit == "step" and "events of an epoch" in str(error):
             reason = f"{error}; or put the steps inside `with run.epoch()`"
             raise ConfigError(reason) from None
         raise
