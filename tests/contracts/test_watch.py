@@ -34,13 +34,14 @@ from test_fork import OPTIMIZERS, Tied, squared
 from test_hooks import statistics
 
 CPU, SIZE, PER_EPOCH = torch.device("cpu"), 8, 4
-UNITS = ("epoch", "step")
+UNITS, EACH_STEP = ("epoch", "step"), {"every_n_steps": 1}
 each_unit = pytest.mark.parametrize("unit", UNITS)
 
 
 def fitting(unit):
     "The hooks that fire in a loop of this unit, with options for a short one."
-    return {n: cls.example() for n, cls in REGISTRY.items() if unit == "epoch" or {"pre_step", "post_step", "snapshot"} & {*events_of(cls)}}
+    fires = {"pre_step", "post_step", "snapshot"} if unit == "step" else {*EVENTS}
+    return {n: cls.example() | (EACH_STEP if n == "training_metrics" else {}) for n, cls in REGISTRY.items() if fires & {*events_of(cls)}}
 
 
 def averaged(model, parts):
@@ -142,7 +143,7 @@ def test_every_step_is_bit_for_bit_that_of_the_loop_that_nobody_watched(unit, fe
     alone = unwatched(feature)
     with seeded(0, "train"):
         random.seed(1), np.random.seed(1)
-        loop = Loop(**FEATURES[feature], unit=unit).watch({name: REGISTRY[name].example()}, verify="always", log_every=1 if unit == "epoch" else 5)
+        loop = Loop(**FEATURES[feature], unit=unit).watch({name: fitting(unit)[name]}, verify="always", log_every=1 if unit == "epoch" else 5)
         with loop.run: loop.go(STEPS)
     assert len(loop.run.table(name)) > 5 and not loop.run.hooks.problems
     assert loop.seen == alone
@@ -669,7 +670,7 @@ def batches_of(n):
     return torch.randn(n, 6, 3, generator=generator(0, "x"))
 
 
-ALL_HOOKS = {"hessian": ALWAYS, "norms": {}, "consecutive": {}, "training_metrics": {}}
+ALL_HOOKS = {"hessian": ALWAYS, "norms": {}, "consecutive": {}, "training_metrics": EACH_STEP}
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -705,7 +706,7 @@ def test_a_step_that_a_scaler_leaves_out_is_no_step_and_gradients_are_unscaled(o
 
 
 def test_a_step_that_raises_and_is_caught_is_no_step():
-    small = Small(hooks=[REGISTRY["training_metrics"](), REGISTRY["hessian"](**ALWAYS)])
+    small = Small(hooks=[REGISTRY["training_metrics"](**EACH_STEP), REGISTRY["hessian"](**ALWAYS)])
     for broken in ("raise", "zero raise", "zero back raise"):
         small.do(FINE * 2)
         with pytest.raises(ZeroDivisionError), small.run.step(small.batch): small.do(broken)
@@ -749,7 +750,7 @@ def test_a_loss_in_half_precision_is_bit_for_bit_the_same_when_watched():
         def loss_fn(model, batch):
             with torch.autocast("cpu", torch.bfloat16): return model(batch).float().square().mean()
 
-        run = watch(model, optimizer, loss_fn, {"hessian": {**ALWAYS, "scheme": "exact"}, "training_metrics": {}}) if watched else None
+        run = watch(model, optimizer, loss_fn, {"hessian": {**ALWAYS, "scheme": "exact"}, "training_metrics": EACH_STEP}) if watched else None
         for batch in batches_of(8):
             with run.step(batch) if run else nullcontext():
                 optimizer.zero_grad()
@@ -801,7 +802,7 @@ def test_a_batch_may_have_any_form(form):
         model = perceptron()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         loss_fn = mean_square if take is None else lambda model, batch: mean_square(model, take(batch))
-        with watch(model, optimizer, loss_fn, {"hessian": {**ALWAYS, "displacement": True}, "training_metrics": {}}, verify="always") as run:
+        with watch(model, optimizer, loss_fn, {"hessian": {**ALWAYS, "displacement": True}, "training_metrics": EACH_STEP}, verify="always") as run:
             for x in batches_of(6):
                 batch = x if take is None else FORMS[form](x)[0]
                 with run.step(batch):
