@@ -21,19 +21,18 @@ from lal.app.cli import app
 from lal.core.config import load_config
 from lal.core.device import deterministic, generator, rng_states, seeded, threads
 from lal.core.errors import ConfigError, HookError
-from lal.core.experiment import Metric, find_experiment
+from lal.core.experiment import find_experiment
 from lal.core.files import digest
 from lal.core.state import EVENTS
 from lal.core.trainer import Trainer
-from lal.hooks.hook import Hook, Needs, events_of
+from lal.hooks.hook import Hook, events_of
 from lal.hooks.loop import LoopError
 from lal.hooks.registry import REGISTRY, create_hooks
 from lal.hooks.watch import watch
 
 from test_fork import OPTIMIZERS, Tied, squared
-from test_hooks import statistics
 
-CPU, SIZE, PER_EPOCH = torch.device("cpu"), 8, 4
+CPU, PER_EPOCH = torch.device("cpu"), 4
 UNITS, EACH_STEP = ("epoch", "step"), {"every_n_steps": 1}
 each_unit = pytest.mark.parametrize("unit", UNITS)
 
@@ -507,7 +506,7 @@ STEPS_THAT_ARE_WRONG = {
     "( zero back )": "optimizer.step was not called inside the step: for accumulated gradients, one step holds all backward calls and one optimizer.step()",
     "( zero back step zero back step )": "optimizer.step was called 2 times inside one step: enter run.step once for each",
     "( zero back step step )": "optimizer.step was called 2 times inside one step",
-    FINE + "( back step )": "call optimizer.zero_grad() before each backward",
+    FINE + "( back step )": "call model.zero_grad() before each backward",
     "( zero nested )": "a step begins inside a step, which has to end before",
     "( epoch": "an epoch begins inside a step, which has to end before",
     "epoch epoch": "an epoch begins inside an epoch, which has to end before",
@@ -570,6 +569,13 @@ def test_a_loss_that_can_not_be_right_is_one_sentence(which):
     assert wanted in one_line(error)
 
 
+def test_gradients_of_parameters_that_the_optimizer_does_not_clear_are_one_sentence():
+    model = perceptron()
+    small = Small(model=model, optimizer=torch.optim.SGD(model[2].parameters(), lr=0.1))
+    with pytest.raises(LoopError) as error: small.do(FINE * 2)
+    assert "call model.zero_grad() before each backward" in one_line(error)
+
+
 def test_a_loss_that_names_the_live_model_computes_with_the_weights_it_is_given():
     rows = []
     for live in (False, True):
@@ -584,11 +590,14 @@ class Odd:
     name = "odd"
 
 
+SPARSE, LAZY = nn.Sequential(nn.Identity(), nn.Embedding(5, 3, sparse=True)), nn.LazyLinear(2)
 REQUESTS = {
     "a model": (dict(model=lambda x: x, optimizer="sgd"), "model is a function, not a torch.nn.Module"),
     "an optimizer": (dict(optimizer="sgd"), "optimizer is a str, not a torch.optim.Optimizer"),
     "another model's": (dict(optimizer=torch.optim.SGD(OTHER.parameters(), lr=0.1)), "the optimizer has none of the model's parameters: make it from model.parameters()"),
     "data parallel": (dict(model=nn.DataParallel(OTHER), optimizer=torch.optim.SGD(OTHER.parameters(), lr=0.1)), "the model is split (DataParallel)"),
+    "sparse gradients": (dict(model=SPARSE, optimizer=torch.optim.SparseAdam(SPARSE.parameters())), "1 has sparse gradients, which hooks can't compare: use sparse=False"),
+    "a lazy model": (dict(model=LAZY, optimizer=torch.optim.SGD(LAZY.parameters(), lr=0.1)), "the model has parameters without a shape yet: call it on a batch before watch"),
     "a loss": (dict(loss_fn="cross_entropy"), "loss_fn = cross_entropy: must be a function of model and batch"),
     "a hook": (dict(hooks="hesian"), "no hook or set is called 'hesian'; did you mean 'hessian'?"),
     "a hook in a list": (dict(hooks=["norms", "x"]), "no hook or set is called 'x'"),
