@@ -13,6 +13,7 @@ import msgspec
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..core.config import NAME, NAME_SAYS, read_hooks
 from ..core.device import rng_states
@@ -150,6 +151,13 @@ def check_watchable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     if split:
         reason = f"the model is split ({split[0]}), and a loss at other weights needs it whole in one process: watch the module inside, in a run on one device"
         raise ConfigError(reason)
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False):
+            reason = f"{name or 'the model'} has sparse gradients, which hooks can't compare: use sparse=False"
+            raise ConfigError(reason)
+    if any(map(is_lazy, model.parameters())):
+        reason = "the model has parameters without a shape yet: call it on a batch before watch"
+        raise ConfigError(reason)
     ours = {id(p) for p in model.parameters() if p.requires_grad}
     if not any(id(p) in ours for g in optimizer.param_groups for p in g["params"]):
         raise ConfigError("the optimizer has none of the model's parameters: make it from model.parameters()")  # fmt: skip
@@ -181,7 +189,7 @@ def uncompiled(model: nn.Module, loss_fn) -> tuple:
     return getattr(model, "_orig_mod", model), loss
 
 # %% ../../nbs/hooks/08_loop.ipynb #5b0e7c24
-WAYS_OUT = "Tell clipping by run.clipped(norm, max_norm); call optimizer.zero_grad() before each backward, and scaler.unscale_(optimizer) before scaler.step; give run.step all accumulated batches, and a loss_fn that averages over them as the loop does; enter autocast inside loss_fn; draw random numbers for a batch before the step"
+WAYS_OUT = "Tell clipping by run.clipped(norm, max_norm); call model.zero_grad() before each backward, and scaler.unscale_(optimizer) before scaler.step; give run.step all accumulated batches, and a loss_fn that averages over them as the loop does; enter autocast inside loss_fn; draw random numbers for a batch before the step"
 
 # %% ../../nbs/hooks/08_loop.ipynb #f96de472
 class LoopError(RuntimeError):

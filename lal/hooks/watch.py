@@ -10,6 +10,7 @@ __all__ = ['block', 'WatchedRun', 'check_open', 'start', 'open_folder', 'begin_e
 # %% ../../nbs/hooks/09_watch.ipynb #ae18528c
 import copy, time
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
 import pandas as pd
@@ -22,7 +23,7 @@ from ..core.recorder import close_record, measure
 from ..core.run import RunFolder, create_run
 from ..core.state import POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, SNAPSHOT, TrainState  # fmt: skip
 from ..curvature.params import Params
-from .hook import Needs, Schedule
+from .hook import Needs, Schedule, never_fires
 from .loop import History, LoopError, StepCheck, WatchedLoop  # fmt: skip
 from .loop import check_options, check_watchable, first_gradient, hooks_named, run_config, uncompiled  # fmt: skip
 from .runner import Hooks
@@ -159,13 +160,11 @@ def start(run: WatchedRun, unit: str) -> None:
     due.unit = unit
     due.log_every = o["log_every"] or (1 if unit == "epoch" else 100)
     hooks = run.make_hooks(unit)
-    try:
-        hooks.begin(s, due, o["seed"], o["root"])
-    except ConfigError as error:
-        if unit == "step" and "events of an epoch" in str(error):
-            reason = f"{error}; or put the steps inside `with run.epoch()`"
-            raise ConfigError(reason) from None
-        raise
+    for hook in hooks.hooks:
+        if (reason := never_fires(hook, due)) and not never_fires(hook, replace(due, unit="epoch")):  # fmt: skip
+            reason = f"{reason}; or put the steps inside `with run.epoch()`"
+            raise ConfigError(f"hook {hook.name} {reason}")
+    hooks.begin(s, due, o["seed"], o["root"])
     if run.saved is not None:
         hooks.load_state_dict(copy.deepcopy(moved(run.saved["hooks"], s.device)))
     with ExitStack() as stack:

@@ -21,26 +21,26 @@ from lal.app.cli import app
 from lal.core.config import load_config
 from lal.core.device import deterministic, generator, rng_states, seeded, threads
 from lal.core.errors import ConfigError, HookError
-from lal.core.experiment import Metric, find_experiment
+from lal.core.experiment import find_experiment
 from lal.core.files import digest
 from lal.core.state import EVENTS
 from lal.core.trainer import Trainer
-from lal.hooks.hook import Hook, Needs, events_of
+from lal.hooks.hook import Hook, events_of
 from lal.hooks.loop import LoopError
 from lal.hooks.registry import REGISTRY, create_hooks
 from lal.hooks.watch import watch
 
 from test_fork import OPTIMIZERS, Tied, squared
-from test_hooks import statistics
 
-CPU, SIZE, PER_EPOCH = torch.device("cpu"), 8, 4
-UNITS = ("epoch", "step")
+CPU, PER_EPOCH = torch.device("cpu"), 4
+UNITS, EACH_STEP = ("epoch", "step"), {"every_n_steps": 1}
 each_unit = pytest.mark.parametrize("unit", UNITS)
 
 
 def fitting(unit):
     "The hooks that fire in a loop of this unit, with options for a short one."
-    return {n: cls.example() for n, cls in REGISTRY.items() if unit == "epoch" or {"pre_step", "post_step", "snapshot"} & {*events_of(cls)}}
+    fires = {"pre_step", "post_step", "snapshot"} if unit == "step" else {*EVENTS}
+    return {n: cls.example() | (EACH_STEP if n == "training_metrics" else {}) for n, cls in REGISTRY.items() if fires & {*events_of(cls)}}
 
 
 def averaged(model, parts):
@@ -142,7 +142,7 @@ def test_every_step_is_bit_for_bit_that_of_the_loop_that_nobody_watched(unit, fe
     alone = unwatched(feature)
     with seeded(0, "train"):
         random.seed(1), np.random.seed(1)
-        loop = Loop(**FEATURES[feature], unit=unit).watch({name: REGISTRY[name].example()}, verify="always", log_every=1 if unit == "epoch" else 5)
+        loop = Loop(**FEATURES[feature], unit=unit).watch({name: fitting(unit)[name]}, verify="always", log_every=1 if unit == "epoch" else 5)
         with loop.run: loop.go(STEPS)
     assert len(loop.run.table(name)) > 5 and not loop.run.hooks.problems
     assert loop.seen == alone
@@ -506,7 +506,7 @@ STEPS_THAT_ARE_WRONG = {
     "( zero back )": "optimizer.step was not called inside the step: for accumulated gradients, one step holds all backward calls and one optimizer.step()",
     "( zero back step zero back step )": "optimizer.step was called 2 times inside one step: enter run.step once for each",
     "( zero back step step )": "optimizer.step was called 2 times inside one step",
-    FINE + "( back step )": "call optimizer.zero_grad() before each backward",
+    FINE + "( back step )": "call model.zero_grad() before each backward",
     "( zero nested )": "a step begins inside a step, which has to end before",
     "( epoch": "an epoch begins inside a step, which has to end before",
     "epoch epoch": "an epoch begins inside an epoch, which has to end before",
@@ -569,6 +569,13 @@ def test_a_loss_that_can_not_be_right_is_one_sentence(which):
     assert wanted in one_line(error)
 
 
+def test_gradients_of_parameters_that_the_optimizer_does_not_clear_are_one_sentence():
+    model = perceptron()
+    small = Small(model=model, optimizer=torch.optim.SGD(model[2].parameters(), lr=0.1))
+    with pytest.raises(LoopError) as error: small.do(FINE * 2)
+    assert "call model.zero_grad() before each backward" in one_line(error)
+
+
 def test_a_loss_that_names_the_live_model_computes_with_the_weights_it_is_given():
     rows = []
     for live in (False, True):
@@ -583,11 +590,14 @@ class Odd:
     name = "odd"
 
 
+SPARSE, LAZY = nn.Sequential(nn.Identity(), nn.Embedding(5, 3, sparse=True)), nn.LazyLinear(2)
 REQUESTS = {
     "a model": (dict(model=lambda x: x, optimizer="sgd"), "model is a function, not a torch.nn.Module"),
     "an optimizer": (dict(optimizer="sgd"), "optimizer is a str, not a torch.optim.Optimizer"),
     "another model's": (dict(optimizer=torch.optim.SGD(OTHER.parameters(), lr=0.1)), "the optimizer has none of the model's parameters: make it from model.parameters()"),
     "data parallel": (dict(model=nn.DataParallel(OTHER), optimizer=torch.optim.SGD(OTHER.parameters(), lr=0.1)), "the model is split (DataParallel)"),
+    "sparse gradients": (dict(model=SPARSE, optimizer=torch.optim.SparseAdam(SPARSE.parameters())), "1 has sparse gradients, which hooks can't compare: use sparse=False"),
+    "a lazy model": (dict(model=LAZY, optimizer=torch.optim.SGD(LAZY.parameters(), lr=0.1)), "the model has parameters without a shape yet: call it on a batch before watch"),
     "a loss": (dict(loss_fn="cross_entropy"), "loss_fn = cross_entropy: must be a function of model and batch"),
     "a hook": (dict(hooks="hesian"), "no hook or set is called 'hesian'; did you mean 'hessian'?"),
     "a hook in a list": (dict(hooks=["norms", "x"]), "no hook or set is called 'x'"),
@@ -669,7 +679,7 @@ def batches_of(n):
     return torch.randn(n, 6, 3, generator=generator(0, "x"))
 
 
-ALL_HOOKS = {"hessian": ALWAYS, "norms": {}, "consecutive": {}, "training_metrics": {}}
+ALL_HOOKS = {"hessian": ALWAYS, "norms": {}, "consecutive": {}, "training_metrics": EACH_STEP}
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -705,7 +715,7 @@ def test_a_step_that_a_scaler_leaves_out_is_no_step_and_gradients_are_unscaled(o
 
 
 def test_a_step_that_raises_and_is_caught_is_no_step():
-    small = Small(hooks=[REGISTRY["training_metrics"](), REGISTRY["hessian"](**ALWAYS)])
+    small = Small(hooks=[REGISTRY["training_metrics"](**EACH_STEP), REGISTRY["hessian"](**ALWAYS)])
     for broken in ("raise", "zero raise", "zero back raise"):
         small.do(FINE * 2)
         with pytest.raises(ZeroDivisionError), small.run.step(small.batch): small.do(broken)
@@ -749,7 +759,7 @@ def test_a_loss_in_half_precision_is_bit_for_bit_the_same_when_watched():
         def loss_fn(model, batch):
             with torch.autocast("cpu", torch.bfloat16): return model(batch).float().square().mean()
 
-        run = watch(model, optimizer, loss_fn, {"hessian": {**ALWAYS, "scheme": "exact"}, "training_metrics": {}}) if watched else None
+        run = watch(model, optimizer, loss_fn, {"hessian": {**ALWAYS, "scheme": "exact"}, "training_metrics": EACH_STEP}) if watched else None
         for batch in batches_of(8):
             with run.step(batch) if run else nullcontext():
                 optimizer.zero_grad()
@@ -801,7 +811,7 @@ def test_a_batch_may_have_any_form(form):
         model = perceptron()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         loss_fn = mean_square if take is None else lambda model, batch: mean_square(model, take(batch))
-        with watch(model, optimizer, loss_fn, {"hessian": {**ALWAYS, "displacement": True}, "training_metrics": {}}, verify="always") as run:
+        with watch(model, optimizer, loss_fn, {"hessian": {**ALWAYS, "displacement": True}, "training_metrics": EACH_STEP}, verify="always") as run:
             for x in batches_of(6):
                 batch = x if take is None else FORMS[form](x)[0]
                 with run.step(batch):
