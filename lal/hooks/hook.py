@@ -54,7 +54,17 @@ GRADIENTS = {  # where they are there
 
 # %% ../../nbs/hooks/01_hook.ipynb #8627b28a
 class Hook:
-    "What to measure, and when: override any of `pre_epoch`, `pre_step`, `post_step`, `post_epoch`, `snapshot`."
+    """What to measure, and when: override any of `pre_epoch`, `pre_step`, `post_step`, `post_epoch`, `snapshot`.
+
+    Each takes a `HookState` and returns `{metric: number or device scalar}` or `None`.
+
+    >>> class StepLength(Hook):
+    ...     metrics = (Metric("length", r"\\eta\\,\\|g\\|", (0, None), "of the step"),)
+    ...     def post_step(self, state):
+    ...         return {"length": state.lr * norm(state.grads())}
+    >>> StepLength.name
+    'step_length'
+    """
 
     name = "hook"  # that of the class in snake case, unless given
     kind = "observer"  # or intervention, or debug

@@ -90,9 +90,10 @@ class Dispatcher:
             self.begin_step(view.train_state, states)
         elif event == POST_EPOCH:
             self.gradients.end_epoch(view)
-        due = [hook for hook in self.hooks_of[event] if self.is_due(hook, event)]
-        if due:
-            self.call(due, event)
+        if self.due or event not in (PRE_STEP, POST_STEP):
+            due = [hook for hook in self.hooks_of[event] if self.is_due(hook, event)]
+            if due:
+                self.call(due, event)
         if event == POST_STEP:
             self.gradients.after_step(view)
 

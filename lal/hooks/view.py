@@ -218,7 +218,7 @@ class GradientBuffer:
         elif self.wanted:
             self.add(view)
         self.steps += self.wanted
-        due_next = self.due_next(view.train_state)
+        due_next = bool(self.of_step) and self.due_next(view.train_state)
         self.last_step = view.train_state.step if due_next else None
         self.last = view.unclipped() if due_next else None
         if self.offload:
