@@ -85,9 +85,10 @@ class Dispatcher:
             self.begin_step(view.train_state, states)
         elif event == POST_EPOCH:
             self.gradients.end_epoch(view)
-        due = [hook for hook in self.hooks_of[event] if self.is_due(hook, event)]
-        if due:
-            self.call(due, event)
+        if self.due or event not in (PRE_STEP, POST_STEP):
+            due = [hook for hook in self.hooks_of[event] if self.is_due(hook, event)]
+            if due:
+                self.call(due, event)
         if event == POST_STEP:
             self.gradients.after_step(view, self.due_next(view.train_state))
 
@@ -102,6 +103,8 @@ class Dispatcher:
 
     def due_next(self, state: TrainState) -> bool:
         "Whether a hook that needs this step's gradient may fire at the next step."
+        if not self.gradients.of_step:
+            return False
         epochs = [state.epoch]
         if self.schedule.unit == "epoch":  # a loop of one's own may begin a new one
             order = state.batches
