@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WAYS_OUT', 'SAME', 'WatchedLoop', 'History', 'run_config', 'hooks_named', 'check_watchable', 'check_options',
-           'uncompiled', 'LoopError', 'StepCheck', 'first_gradient', 'Watching', 'accumulated']
+           'uncompiled', 'LoopError', 'StepCheck', 'first_gradient', 'warn_of_silent', 'Watching', 'accumulated']
 
 # %% ../../nbs/hooks/08_loop.ipynb #843ac7f0
-import json, re, weakref
+import json, re, warnings, weakref
 from typing import Callable
 import msgspec
 import pandas as pd
@@ -22,9 +22,10 @@ from ..core.experiment import Experiment, Metric, declaration, history_columns
 from ..core.run import RunFolder
 from ..core.state import TrainState
 from ..curvature.params import Params, batch_loss, dot, norm
-from .hook import Hook, Schedule, declared_options, events_of, never_fires
+from .hook import FOR_EPOCHS, FOR_STEPS, Hook, Schedule, declared_options, events_of, never_fires  # fmt: skip
 from .registry import REGISTRY, choose
 from .rows import as_number
+from .runner import Hooks
 from .view import Batch, HookState
 
 # %% ../../nbs/hooks/08_loop.ipynb #d4133c2e
@@ -284,6 +285,18 @@ def first_gradient(view: HookState, batch: Batch) -> Params:
         elif "does not depend on params" in reason:
             reason = "its value does not depend on the model it is given: compute with its argument `model`, not with another name, and without detach or no_grad"
         raise LoopError(f"loss_fn(model, batch): {reason}") from None
+
+# %% ../../nbs/hooks/08_loop.ipynb #0cf1e6b0
+def warn_of_silent(hooks: Hooks, state: TrainState) -> None:
+    "Warn of each hook that was never called in a run that is over: nobody knew how long it would be."
+    called = {name for name, _ in hooks.calls.verified}
+    for hook in hooks.hooks:
+        if hook.name not in called and not len(hooks.table(hook.name)):
+            length = f"{state.step} steps" + f" and {state.epoch} epochs" * bool(state.epoch)
+            schedule = [*FOR_STEPS, *FOR_EPOCHS, "from_epoch", "to_epoch"]
+            options = {n: getattr(hook, n) for n in declared_options(type(hook)) if n in schedule}  # fmt: skip
+            told = ", ".join(f"{n} = {v}" for n, v in options.items() if v is not None)
+            warnings.warn(f"hook {hook.name} never fired in {length}: change {told}", stacklevel=3)  # fmt: skip
 
 # %% ../../nbs/hooks/08_loop.ipynb #d4240e87
 class Watching:

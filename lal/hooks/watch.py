@@ -25,7 +25,7 @@ from ..core.state import POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, SNAPSHOT, T
 from ..curvature.params import Params
 from .hook import Needs, Schedule, never_fires
 from .loop import History, LoopError, StepCheck, WatchedLoop  # fmt: skip
-from .loop import check_options, check_watchable, first_gradient, hooks_named, run_config, uncompiled  # fmt: skip
+from .loop import check_options, check_watchable, first_gradient, hooks_named, run_config, uncompiled, warn_of_silent  # fmt: skip
 from .runner import Hooks
 from .sinks import create_sinks
 from .view import Batch, moved
@@ -350,6 +350,8 @@ def close_run(run: WatchedRun, status: str, **more) -> None:
     with run.stack:
         run.rows.close()
         run.hooks.flush()
+        if status == "finished":
+            warn_of_silent(run.hooks, run.state)
         if run.folder is not None:
             close_record(run, status, more)
 
@@ -372,14 +374,19 @@ def watch(
     profile: bool = False,  # measure what each hook costs: `run.hooks.profile()`
     verify: str = "first",  # compare bits at first calls of hooks, or "always"
 ) -> WatchedRun:  # raises `ConfigError`
-    "Let hooks watch a training loop: a context manager with `epoch()` and `step(batch)`."
+    """Let hooks watch a training loop: a context manager with `epoch()` and `step(batch)`.
+
+    >>> with watch(model, optimizer, loss_fn, "norms") as run, run.epoch():
+    ...     for batch in loader:
+    ...         with run.step(batch):  # zero_grad, backward, optimizer.step
+    ...             train_on(batch)
+    """
     model, loss = uncompiled(model, loss_fn)
     check_watchable(model, optimizer)
     check_options(loss_fn, name, log_every=log_every, snapshot_every=snapshot_every)
 
     def make_hooks(unit: str) -> Hooks:
-        made = hooks_named(hooks, unit, snapshot_every)
-        places = create_sinks(sinks)
+        made, places = hooks_named(hooks, unit, snapshot_every), create_sinks(sinks)
         return Hooks(made, on_error, places, reference, profile, offload, verify)
 
     make_hooks("epoch")  # what is wrong with them comes out now

@@ -247,7 +247,7 @@ def test_transformers_gives_the_methods_back_after_an_error(tmp_path):
 def test_transformers_resumed_from_elsewhere_begins_anew_with_a_warning(tmp_path):
     "A checkpoint without the callback's file: one sentence, and counts that go on."
     trainer_of(tmp_path, Plain(), max_steps=4, save_strategy="steps", save_steps=4).train()
-    watching = on_transformers.WatchCallback("training_metrics")
+    watching = on_transformers.WatchCallback({"training_metrics": {"every_n_steps": 1}})
     with pytest.warns(UserWarning, match="there is no lal.pt in checkpoint-4") as caught:
         trainer_of(tmp_path, Plain(), [watching], max_steps=6).train(resume_from_checkpoint=True)
     assert "\n" not in str(caught[0].message)
