@@ -292,11 +292,11 @@ def warn_of_silent(hooks: Hooks, state: TrainState) -> None:
     called = {name for name, _ in hooks.calls.verified}
     for hook in hooks.hooks:
         if hook.name not in called and not len(hooks.table(hook.name)):
-            length = f"{state.step} steps" + f" and {state.epoch} epochs" * bool(state.epoch)
+            length = f"step {state.step}" + f" of epoch {state.epoch}" * bool(state.epoch)
             schedule = [*FOR_STEPS, *FOR_EPOCHS, "from_epoch", "to_epoch"]
             options = {n: getattr(hook, n) for n in declared_options(type(hook)) if n in schedule}  # fmt: skip
             told = ", ".join(f"{n} = {v}" for n, v in options.items() if v is not None)
-            warnings.warn(f"hook {hook.name} never fired in {length}: change {told}", stacklevel=3)  # fmt: skip
+            warnings.warn(f"hook {hook.name} did not fire up to the end, {length}: change {told}", stacklevel=3)  # fmt: skip
 
 # %% ../../nbs/hooks/08_loop.ipynb #d4240e87
 class Watching:

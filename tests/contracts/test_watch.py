@@ -1,5 +1,5 @@
 "Hooks on a loop of one's own: training bit for bit as nobody watched it, the trainer's rows, resumes, run folders, and one sentence for each loop that can't be right."
-import copy, functools, os, random, shutil, signal, subprocess, sys
+import copy, functools, os, random, shutil, signal, subprocess, sys, warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -1069,3 +1069,20 @@ def test_numbers_of_any_optimizer_are_in_the_configuration(tmp_path):
             optimizer.step()
     found = load_run("own", tmp_path).config
     assert found["name"] == "own" and found["seed"] == 3 and found["betas"] == [0.8, 0.9] and abs(found["lr"] - 0.01) < 1e-8 and "about" not in found
+
+
+def test_a_hook_that_never_fired_is_named_when_the_run_closes(tmp_path):
+    "The length of a loop is known at its end: one line for the hook whose schedule never came up, none for the others."
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_fn = lambda model, batch: model(batch).square().mean()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with watch(model, optimizer, loss_fn, {"training_metrics": {"every_n_steps": 1}, "hessian": {}}, tmp_path, "short") as run:
+            for _ in range(3):
+                with run.step(torch.ones(4, 3)):
+                    optimizer.zero_grad()
+                    loss_fn(model, torch.ones(4, 3)).backward()
+                    optimizer.step()
+    said = [str(w.message) for w in caught]
+    assert said == ["hook hessian did not fire up to the end, step 3: change every_n_steps = 1000, burst_length = 11, warmup_steps = 0, from_epoch = 0"]
