@@ -34,7 +34,7 @@ BASE = dict(p=7, hidden_dim=8, n_layers=1, train_frac=0.7, batch_size=10, device
 
 def example(cls):
     "The options of a tiny run with which a registered hook is tried."
-    return cls.example() or ({"every_n_steps": 20, "burst_length": 11, "check_every": 3, "displacement": True} if cls is Hessian else {})
+    return cls.example()
 
 
 BURSTS = {name: example(cls) for name, cls in HOOKS.items() if example(cls) and fires_at_steps(cls)}
