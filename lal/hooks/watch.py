@@ -216,7 +216,7 @@ def begin_epoch(run: WatchedRun) -> None:
 def end_epoch(run: WatchedRun) -> None:
     "Measure at a log point, fire POST_EPOCH, and SNAPSHOT when it is time."
     if not run.in_epoch or run.in_step:
-        raise LoopError("an epoch ends that was not begun, or inside a step")
+        raise LoopError("end_epoch was called without begin_epoch, or inside a step")
     drop_epoch(run)
     end_unit(run, POST_EPOCH, run.state.epoch)
 
@@ -249,7 +249,7 @@ def end_step(run: WatchedRun) -> None:
     "Check the step, and fire POST_STEP; in a loop without epochs also what ends a unit."
     s = run.state
     if not run.in_step:
-        raise LoopError("a step ends that was not begun")
+        raise LoopError("end_step was called without begin_step")
     run.in_step = False
     if not run.check.end(run.late):
         drop_step(run)
@@ -328,7 +328,7 @@ def load_run_state(run: WatchedRun, saved: dict) -> None:
     if not saved:
         return
     if saved["run"] != place(run):
-        reason = f"the checkpoint is of a run in {saved['run']}, and this one is in {place(run)}: give watch the root and name of then"
+        reason = f"the checkpoint is of a run in {saved['run']}, and this one is in {place(run)}: pass the root and name of that run"
         raise ConfigError(reason)
     run.saved, s = saved, run.state
     s.epoch, s.step, run.seconds = saved["epoch"], saved["step"], saved["seconds"]

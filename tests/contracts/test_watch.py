@@ -510,9 +510,9 @@ STEPS_THAT_ARE_WRONG = {
     "( zero nested )": "a step begins inside a step, which has to end before",
     "( epoch": "an epoch begins inside a step, which has to end before",
     "epoch epoch": "an epoch begins inside an epoch, which has to end before",
-    "epoch ( /epoch": "an epoch ends that was not begun, or inside a step",
-    "/epoch": "an epoch ends that was not begun, or inside a step",
-    ")": "a step ends that was not begun",
+    "epoch ( /epoch": "end_epoch was called without begin_epoch, or inside a step",
+    "/epoch": "end_epoch was called without begin_epoch, or inside a step",
+    ")": "end_step was called without begin_step",
     "epoch " + FINE + "/epoch " + FINE: "some steps are inside `with run.epoch()` and others are not: put all of them inside, or none",
     FINE + "epoch": "some steps are inside `with run.epoch()` and others are not",
     "( zero back step widen )": "other parameters than at the first step, or others that train (weight): change it before that, or go on in a new run of watch",
@@ -1005,7 +1005,7 @@ def test_the_checkpoint_of_another_run_is_refused_before_a_row_is_lost(tmp_path,
         with pytest.raises(ConfigError) as error: Loop().watch(hooks or fitting("epoch"), root=root, name=name, **options).run.load_state_dict(state)
         return one_line(error)
 
-    assert "the checkpoint is of a run in a folder one, and this one is in a folder two: give watch the root and name of then" in load(state, tmp_path, "two")
+    assert "the checkpoint is of a run in a folder one, and this one is in a folder two: pass the root and name of that run" in load(state, tmp_path, "two")
     assert "is of a run in a folder one, and this one is in memory (root = None)" in load(state, None)
     assert "is of a run in memory (root = None), and this one is in a folder one" in load(memory, tmp_path)
     assert "belongs to a run that is not here: give its root and name" in load(state, tmp_path / "elsewhere")
