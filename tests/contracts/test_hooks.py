@@ -1263,11 +1263,11 @@ def test_a_refused_run_does_not_spoil_the_next_one(straight, tmp_path):
     equal_rows(tmp_path / "epoch", straight["epoch"])
 
 
-def test_the_profile_has_a_row_for_each_hook_and_point_and_changes_no_row(straight, tmp_path):
+def test_the_profile_has_a_row_for_each_hook_and_event_and_changes_no_row(straight, tmp_path):
     config = configure(name="epoch", **ALL | dict(profile_hooks=True))
     hooks = create_hooks(config)
     fit(config, tmp_path, hooks)
-    table = hooks.profile().set_index(["hook", "point"])
+    table = hooks.profile().set_index(["hook", "event"])
     firings = {
         ("training_metrics", "post_step"): 6, ("training_metrics", "post_epoch"): 3, ("norms", "post_epoch"): 3,
         ("consecutive", "post_epoch"): 6, ("hessian", "pre_step"): 23, ("hessian", "post_step"): 23,
