@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from lal.core.config import make_config
 from lal.core.device import generator
@@ -16,6 +15,7 @@ from lal.curvature.hvp import gradient, hvp
 from lal.curvature.params import axpy, flatten, norm
 from lal.hooks.hessian import DIFFERENCES, TIMES, Hessian, nudged
 from lal.hooks.runner import Hooks
+from test_hvp import Cube
 
 F64, N, STEPS = torch.float64, 5, 7
 LR, MOMENTUM, DECAY = 0.05, 0.7, 0.9  # the rate shrinks by `DECAY` from step to step
@@ -435,18 +435,6 @@ def test_the_rounding_of_a_difference_raises_the_floor_of_the_residuals(scheme, 
 
 
 # Models without a second derivative.
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, t):
-        ctx.save_for_backward(t)
-        return t**3
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        return 3 * ctx.saved_tensors[0] ** 2 * g
 
 
 def once(self, x):
