@@ -781,8 +781,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'lal.curvature.lanczos.Search': ('curvature/lanczos.html#search', 'lal/curvature/lanczos.py'),
                                        'lal.curvature.lanczos.Search.__init__': ( 'curvature/lanczos.html#search.__init__',
                                                                                   'lal/curvature/lanczos.py'),
-                                       'lal.curvature.lanczos.Search.companions': ( 'curvature/lanczos.html#search.companions',
-                                                                                    'lal/curvature/lanczos.py'),
                                        'lal.curvature.lanczos.Search.find': ( 'curvature/lanczos.html#search.find',
                                                                               'lal/curvature/lanczos.py'),
                                        'lal.curvature.lanczos.Search.follow': ( 'curvature/lanczos.html#search.follow',

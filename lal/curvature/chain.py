@@ -40,7 +40,7 @@ class Chain:
         capacity = min(len(self.V), op.shape[0] - locked)  # vectors to multiply
         self.B = torch.zeros(capacity + 1, capacity, dtype=torch.float64)
         self.coupling = torch.zeros(locked, capacity, dtype=torch.float64)
-        self.lost = torch.zeros(capacity, dtype=torch.float64)
+        self.lost = 0.0  # ‖E‖_F of what asymmetry took out of the span at compressions
         self.size, self.ended = 0, True  # multiplied so far; nothing left to multiply
         start = torch.randn(op.shape[0], generator=rng, dtype=torch.float64).to(rows)
         self._append(start / norm({"w": start}))
@@ -101,7 +101,7 @@ class Chain:
         order = wanted_first(theta, which)
         theta, S = theta[order], S[:, order]
         asymmetry = torch.linalg.vector_norm(A @ S - S * theta, dim=0)
-        asymmetry = asymmetry + self.lost[: self.size] @ S.abs()
+        asymmetry = asymmetry + self.lost  # ‖Es‖ ≤ ‖E‖_F
         return theta, S, torch.hypot(asymmetry, (b @ S).abs()), asymmetry
 
     def compress(self, S: Tensor) -> None:
@@ -109,13 +109,12 @@ class Chain:
         j, m = S.shape
         AS, b = self.B[:j, :j] @ S, self.B[j, :j] @ S
         A, coupling = S.T @ AS, self.coupling[:, :j] @ S
-        lost = self.lost[:j] @ S.abs() + torch.linalg.vector_norm(AS - S @ A, dim=0)
+        self.lost = math.hypot(self.lost, float(torch.linalg.norm(AS - S @ A)))
         combine(self.V[:j], S)
         if not self.ended:
             self.V[m] = self.V[j]
-        self.B.zero_(), self.coupling.zero_(), self.lost.zero_()
+        self.B.zero_(), self.coupling.zero_()
         self.B[:m, :m], self.B[m, :m], self.coupling[:, :m] = A, b, coupling
-        self.lost[:m] = lost
         self.size = m
 
 # %% ../../nbs/curvature/08_chain.ipynb #912de08a

@@ -125,16 +125,18 @@ class Search:
         count: Callable[[Tensor], int],  # how many of its values are of interest
     ) -> tuple[int, bool]:  # how many there are, and whether they are right
         "Run a chain until the values of interest have converged, or there are none, or nothing helps."
+        near = False  # a few steps from the end, where every product counts
         for steps in itertools.count(1):
             if self.out:
                 return 0, False
             self.step(chain)
-            if steps % 4 and not chain.full and not chain.ended and not self.out:
+            if steps % 4 and not (near or chain.full or chain.ended or self.out):
                 continue
             theta, S, residuals, asymmetry = chain.ritz(self.which)
             self.scale = max(self.scale, float(theta.abs().max()))
             found = count(theta)
             right = bool((residuals[:found] <= self.slack / 2).all())
+            near = found > 0 and float(residuals[:found].max()) < 50 * self.slack
             if found and (chain.ended or (right and len(theta) > found)):
                 return found, right
             if not found and (chain.ended or self.seen(theta, residuals, steps)):
@@ -167,36 +169,31 @@ class Search:
             count, right = self.follow(chain, lambda theta: min(len(theta), missing))
             if not count:
                 return False
-            theta, _, residuals, _ = chain.ritz(self.which)
             last = count == missing and right
-            extra = self.companions(theta[count:], residuals[count:]) if last else 0
-            self.found.lock(chain, count + extra)
+            room = len(self.found.rows) - self.k - 16 if last else 0  # 16 for a look
+            self.found.lock(chain, count + max(0, min(chain.size - count, room)))
             if not right:
                 return False
         return True
-
-    def companions(self, theta: Tensor, residuals: Tensor) -> int:
-        "How many of the values below the k-th are resolved one by one, and leave room for a look."
-        heights = height(theta, self.which)
-        between = (heights[:-1] - heights[1:]) / 4
-        apart = between > torch.maximum(residuals[:-1], residuals[1:])
-        room = len(self.found.rows) - self.k - 16
-        return max(0, min(int(apart.int().cumprod(0).sum()), room))
 
 # %% ../../nbs/curvature/09_lanczos.ipynb #194c940d
 def glance(search: Search) -> bool:
     "A short look beyond the k wanted and their companions; whether it is long enough, and changes nothing."
     found = search.found
     chain, q = found.chain(len(found), search.rng), len(found)
-    while not chain.ended:
-        if search.out or chain.full:
+    for steps in itertools.count(1):
+        if chain.ended:
+            break
+        if search.out:
             return False
         search.step(chain)
-        theta, _, residuals, _ = chain.ritz(search.which)
+        theta, S, residuals, _ = chain.ritz(search.which)
         if height(theta, search.which).max() > search.last + search.slack:
             return False
-        if chain.size > 3 and search.seen(theta, residuals, chain.size):
+        if steps > 3 and search.seen(theta, residuals, steps):
             break
+        if chain.full:
+            chain.compress(S[:, : chain.size // 2])
     j = chain.size
     M = torch.diag(torch.cat([found.values, torch.zeros(j, dtype=torch.float64)]))
     M[:q, q:], M[q:, q:] = chain.coupling[:, :j], chain.B[:j, :j]
