@@ -259,23 +259,32 @@ class SumOperator(Operator):
             if list(other) != list(named[0]):
                 raise ValueError("the operators have their parameters in other orders")
 
-    def _sum(self, terms: Iterable[Tensor]) -> Tensor:
+    def terms(self) -> Iterable[tuple[float, Operator]]:
+        "Weight and operator of every term, in order."
+        return zip(self.weights, self.operators)
+
+    def _sum(self, act: Callable[[Operator], Tensor]) -> Tensor:
+        "Σᵢ wᵢ act(Aᵢ)."
         total = None
-        for weight, term in zip(self.weights, terms):
+        for weight, op in self.terms():
+            term = act(op)
             total = weight * term if total is None else total.add_(term, alpha=weight)
         return total
 
     def product(self, v: Tensor) -> Tensor:
-        return self._sum(op.product(v) for op in self.operators)
+        return self._sum(lambda op: op.product(v))
 
     def transposed(self, u: Tensor) -> Tensor:
-        return self._sum(op.transposed(u) for op in self.operators)
+        return self._sum(lambda op: op.transposed(u))
 
     def block(self, V: Tensor) -> Tensor:
-        return self._sum(op.block(V) for op in self.operators)
+        return self._sum(lambda op: op.block(V))
 
     def diagonal(self) -> Tensor:
-        return self._sum(op.diagonal() for op in self.operators)
+        return self._sum(lambda op: op.diagonal())
+
+    def to_dense(self) -> Tensor:
+        return self._sum(lambda op: op.to_dense())
 
     def restrict(self, names: str | Iterable[str]) -> "SumOperator":
         "The sum of the restricted operators."
