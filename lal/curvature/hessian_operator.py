@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['choose_names', 'ParameterOperator', 'HessianOperator', 'through_graph', 'check_product', 'FiniteDifferenceOperator',
-           'StreamedOperator', 'over_data', 'checked_module']
+           'StreamedOperator', 'over_data']
 
 # %% ../../nbs/curvature/06_hessian_operator.ipynb #8aee033c
 from contextlib import contextmanager
@@ -19,7 +19,9 @@ from .hvp import ALONE, STEPS, check_finite, check_point, gradient, hvp
 from .operators import Operator, SumOperator
 from lal.curvature.params import (
     Params,
+    as_now,
     batch_loss,
+    checked_module,
     flatten,
     held,
     norm,
@@ -328,52 +330,11 @@ def over_data(
     progress: bool = True,
 ) -> Operator:
     "The operator that `make` builds, in a model's trainable parameters as they are now: of a batch, or streamed over a loader."
-    everything = params_of(model, dtype)
-    free = [n for n, p in model.named_parameters() if p.requires_grad]
-    if not free:
-        raise ValueError(
-            "the model has no trainable parameters: set requires_grad on those that the matrix is to be of"
-        )
-    params = {n: everything[n] for n in free}
-    everything |= {n: b.detach().clone() for n, b in model.named_buffers()}
-    modes = [(module, module.training) for module in model.modules()]
-
-    def as_now(batch: Any) -> Callable:
-        f = held(function_of(batch), everything, free)
-
-        def in_modes(params: Params):
-            with _modes(modes):
-                return f(params)
-
-        return in_modes
-
-    examples = Examples(data, params[free[0]].device, size, progress)
+    params, fixed = as_now(model, dtype)
+    device = next(iter(params.values())).device
+    examples = Examples(data, device, size, progress)
     _, batch = next(iter(examples))
-    first = make(as_now(batch), params)
-    return StreamedOperator(first, as_now, examples) if examples.streamed else first
-
-
-@contextmanager
-def _modes(modes: list[tuple[nn.Module, bool]]):
-    "Inside the block each module is in the mode given, training or not."
-    before = [(module, module.training) for module, _ in modes]
-    try:
-        for module, training in modes:
-            module.training = training
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-# %% ../../nbs/curvature/06_hessian_operator.ipynb #d55749e6
-def checked_module(model: nn.Module, loss_fn: Callable) -> nn.Module:
-    "The module itself, also of a compiled one. Raises `ValueError` unless the two are a module and a function."
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model is a {type(model).__name__}, not a torch module: for a function f of named tensors write HessianOperator(f, params)"
-        )
-    if not callable(loss_fn):
-        raise ValueError(
-            f"loss_fn is a {type(loss_fn).__name__}: it must be a function of model and batch, the order being of(model, loss_fn, data)"
-        )
-    return getattr(model, "_orig_mod", model)
+    first = make(fixed(function_of(batch)), params)
+    if not examples.streamed:
+        return first
+    return StreamedOperator(first, lambda b: fixed(function_of(b)), examples)

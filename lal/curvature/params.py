@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Params', 'check_alike', 'dot', 'norm', 'cosine', 'axpy', 'scale', 'flatten', 'unflatten', 'params_of', 'map_tensors',
-           'LossModule', 'batch_loss', 'loss_function', 'held']
+           'LossModule', 'batch_loss', 'loss_function', 'held', 'as_now', 'checked_module']
 
 # %% ../../nbs/curvature/01_params.ipynb #f3bf7920
 from collections.abc import Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, is_dataclass
 from typing import Any, Callable, Iterable
@@ -221,3 +222,58 @@ def held(
         return f({k: params[k] if k in params else others[k] for k in everything})
 
     return of_free
+
+# %% ../../nbs/curvature/01_params.ipynb #0ec96de5
+def as_now(
+    model: nn.Module,
+    dtype: torch.dtype | None = None,  # of the parameters; as they are if `None`
+) -> tuple[Params, Callable[[Callable], Callable]]:
+    """The trainable parameters, detached copies, and what makes a function of them from one of all parameters and buffers.
+
+    Frozen parameters, buffers and modes are in it what they are now. Raises `ValueError` if no parameter is trainable.
+    """
+    everything = params_of(model, dtype)
+    free = [n for n, p in model.named_parameters() if p.requires_grad]
+    if not free:
+        raise ValueError(
+            "the model has no trainable parameters: set requires_grad on those that the matrix is to be of"
+        )
+    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    modes = [(module, module.training) for module in model.modules()]
+
+    def fixed(f: Callable[[Params], Any]) -> Callable[[Params], Any]:
+        of_free = held(f, everything | buffers, free)
+
+        def of_now(params: Params):
+            with _in_modes(modes):
+                return of_free(params)
+
+        return of_now
+
+    return {n: everything[n] for n in free}, fixed
+
+
+@contextmanager
+def _in_modes(modes: list[tuple[nn.Module, bool]]):
+    "Inside the block each module is in the mode given, training or not."
+    before = [(module, module.training) for module, _ in modes]
+    try:
+        for module, training in modes:
+            module.training = training
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+# %% ../../nbs/curvature/01_params.ipynb #c864c9e1
+def checked_module(model: nn.Module, loss_fn: Callable) -> nn.Module:
+    "The module itself, also of a compiled one. Raises `ValueError` unless the two are a module and a function."
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}, not a torch module: for a function f of named tensors write HessianOperator(f, params)"
+        )
+    if not callable(loss_fn):
+        raise ValueError(
+            f"loss_fn is a {type(loss_fn).__name__}: it must be a function of model and batch, the order being of(model, loss_fn, data)"
+        )
+    return getattr(model, "_orig_mod", model)
