@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['choose_names', 'ParameterOperator', 'HessianOperator', 'through_graph', 'check_product', 'FiniteDifferenceOperator',
-           'StreamedOperator', 'over_data']
+           'over_data', 'StackedOperator']
 
 # %% ../../nbs/curvature/06_hessian_operator.ipynb #8aee033c
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.errors import nearest
 from .data import Examples
 from .hvp import ALONE, STEPS, check_finite, check_point, gradient, hvp
-from .operators import Operator, SumOperator
+from .operators import Operator, StreamedOperator
 from lal.curvature.params import (
     Params,
     as_now,
@@ -121,9 +121,11 @@ class ParameterOperator(Operator):
         """
         model = checked_module(model, loss_fn)
         function_of = partial(batch_loss, model, loss_fn)
-        return over_data(
-            partial(cls, **options), function_of, model, data, size, dtype, progress
-        )
+
+        def make(f: Callable, params: Params, batch: Any) -> ParameterOperator:
+            return cls(f, params, **options)
+
+        return over_data(make, function_of, model, data, size, dtype, progress)
 
 
 def _of_dict(f: Callable[[Tensor], Tensor]) -> Callable[[Params], Tensor]:
@@ -283,45 +285,9 @@ class FiniteDifferenceOperator(ParameterOperator):
         check_product({"the parameters": found}, v, self)
         return found
 
-# %% ../../nbs/curvature/06_hessian_operator.ipynb #8c435da9
-class StreamedOperator(SumOperator):
-    "Σ_b w_b A_b over the batches of `examples`, weighted by their shares: at every product each A_b is made, multiplied and dropped."
-
-    def __init__(
-        self,
-        first: ParameterOperator,  # that of the first batch, which has been checked
-        function_of: Callable[[Any], Callable],  # of a batch, to the f of its operator
-        examples: Examples,
-    ):
-        Operator.__init__(self, first.shape, first.dtype, first.device)
-        self.first, self.function_of, self.examples = first, function_of, examples
-        self.params, self.symmetric = first.params, first.symmetric
-        first._graph = None
-
-    def __repr__(self):
-        return f"{self.first!r} over {len(self.examples.sizes)} batches"
-
-    def terms(self) -> Iterable[tuple[float, ParameterOperator]]:
-        for share, batch in self.examples:
-            yield share, self.first.another(self.function_of(batch))
-
-    @cached_property
-    def gradient(self) -> Tensor:
-        "Σ_b w_b ∇f_b(θ), `[n]`, the gradient of the mean over all examples."
-        return self._sum(lambda op: op.gradient)
-
-    def restrict(self, names: str | Iterable[str]) -> "StreamedOperator":
-        "The block of the named parameters, the others held fixed."
-        chosen, whole = choose_names(self.params, names), self.function_of
-
-        def function_of(batch: Any) -> Callable:
-            return held(whole(batch), self.params, chosen)
-
-        return type(self)(self.first.restrict(chosen), function_of, self.examples)
-
 # %% ../../nbs/curvature/06_hessian_operator.ipynb #24ccbcbb
 def over_data(
-    make: Callable[[Callable, Params], ParameterOperator],  # of f and params
+    make: Callable[[Callable, Params, Any], ParameterOperator],  # of f, params, batch
     function_of: Callable[[Any], Callable],  # of a batch, to a function of all params
     model: nn.Module,
     data: Any,  # a batch, or a DataLoader
@@ -334,7 +300,43 @@ def over_data(
     device = next(iter(params.values())).device
     examples = Examples(data, device, size, progress)
     _, batch = next(iter(examples))
-    first = make(fixed(function_of(batch)), params)
+    first = make(fixed(function_of(batch)), params, batch)
     if not examples.streamed:
         return first
+    first._graph = None  # those of the batches are built at every product
     return StreamedOperator(first, lambda b: fixed(function_of(b)), examples)
+
+# %% ../../nbs/curvature/06_hessian_operator.ipynb #dcd5f5aa
+class StackedOperator(StreamedOperator):
+    "The rows of all batches of a streamed Jacobian, `[M, n]`, in the order of the batches."
+
+    def __init__(self, of: StreamedOperator):
+        super().__init__(of.first, of.function_of, of.examples)
+        with torch.no_grad():
+            outputs = (op.f(self.params) for _, op in self.terms())
+            self.heights = [z.numel() for z in outputs]
+        self.shape = (sum(self.heights), self.shape[1])
+
+    def terms(self) -> Iterable[tuple[float, ParameterOperator]]:
+        return ((1.0, op) for _, op in super(StackedOperator, self).terms())
+
+    def product(self, v: Tensor) -> Tensor:
+        return torch.cat([op.product(v) for _, op in self.terms()])
+
+    def block(self, V: Tensor) -> Tensor:
+        return torch.cat([op.block(V) for _, op in self.terms()])
+
+    def to_dense(self) -> Tensor:
+        return torch.cat([op.to_dense() for _, op in self.terms()])
+
+    def transposed(self, u: Tensor) -> Tensor:
+        parts = iter(u.split(self.heights))
+        return self._sum(lambda op: op.transposed(next(parts)))
+
+    def diagonal(self) -> Tensor:
+        return Operator.diagonal(self)
+
+    def restrict(self, names: str | Iterable[str]) -> "StackedOperator":
+        "The columns of the named parameters."
+        whole = StreamedOperator(self.first, self.function_of, self.examples)
+        return StackedOperator(whole.restrict(names))

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['Operator', 'check_vector', 'MatrixOperator', 'is_symmetric', 'Transposed', 'FunctionOperator', 'as_operator',
-           'SumOperator', 'ScaledOperator']
+           'SumOperator', 'ScaledOperator', 'StreamedOperator']
 
 # %% ../../nbs/curvature/05_operators.ipynb #25d2cf01
-from typing import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any, Callable, Iterable, Sequence
 import torch
 from torch import Tensor
+from .data import Examples
 from .hvp import ALONE, check_finite, check_point
-from .params import Params, check_alike, flatten, unflatten
+from .params import Params, check_alike, flatten, held, unflatten
 
 # %% ../../nbs/curvature/05_operators.ipynb #6475973d
 class Operator:
@@ -244,11 +246,8 @@ class SumOperator(Operator):
             )
         first = self.operators[0]
         for op in self.operators[1:]:
-            if (op.shape, op.dtype, op.device) != (
-                first.shape,
-                first.dtype,
-                first.device,
-            ):
+            alike = (getattr(op, k) == getattr(first, k) for k in ("shape", "dtype", "device"))
+            if not all(alike):
                 raise ValueError(f"{first!r} and {op!r} can't be added")
         super().__init__(first.shape, first.dtype, first.device)
         self.symmetric = all(op.symmetric for op in self.operators)
@@ -321,3 +320,38 @@ class ScaledOperator(Operator):
         part = self.of.restrict(names)
         scale = unflatten(self.scale, self.params)
         return ScaledOperator(part, {name: scale[name] for name in part.params})
+
+# %% ../../nbs/curvature/05_operators.ipynb #1dcb4683
+class StreamedOperator(SumOperator):
+    "Σ_b w_b A_b over the batches of `examples`, weighted by their shares: at every product each A_b is made, multiplied and dropped."
+
+    def __init__(
+        self,
+        first: Operator,  # that of the first batch, which has been checked
+        function_of: Callable[[Any], Callable],  # of a batch, to the f of its operator
+        examples: Examples,
+    ):
+        Operator.__init__(self, first.shape, first.dtype, first.device)
+        self.first, self.function_of, self.examples = first, function_of, examples
+        self.params, self.symmetric = first.params, first.symmetric
+
+    def __repr__(self):
+        return f"{self.first!r} over {len(self.examples.sizes)} batches"
+
+    def terms(self) -> Iterable[tuple[float, Operator]]:
+        for share, batch in self.examples:
+            yield share, self.first.another(self.function_of(batch))
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        "Σ_b w_b ∇f_b(θ), `[n]`, the gradient of the mean over all examples."
+        return self._sum(lambda op: op.gradient)
+
+    def restrict(self, names: str | Iterable[str]) -> "StreamedOperator":
+        "The block of the named parameters, the others held fixed."
+        first, whole = self.first.restrict(names), self.function_of
+
+        def function_of(batch: Any) -> Callable:
+            return held(whole(batch), self.params, first.params)
+
+        return type(self)(first, function_of, self.examples)

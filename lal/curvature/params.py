@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Params', 'check_alike', 'dot', 'norm', 'cosine', 'axpy', 'scale', 'flatten', 'unflatten', 'params_of', 'map_tensors',
-           'LossModule', 'batch_loss', 'loss_function', 'held', 'as_now', 'checked_module']
+           'LossModule', 'batch_loss', 'loss_function', 'outputs_function', 'held', 'as_now', 'checked_module']
 
 # %% ../../nbs/curvature/01_params.ipynb #f3bf7920
 from collections.abc import Mapping
@@ -206,6 +206,14 @@ def loss_function(
 ) -> Callable[[Params], Tensor]:  # raises `ValueError` on other names or shapes
     "θ ↦ loss (mean cross-entropy, in nats) of the model with parameters θ on (x, y); the model itself is never changed."
     return batch_loss(model, lambda m, batch: criterion(m(batch[0]), batch[1]), (x, y))
+
+# %% ../../nbs/curvature/01_params.ipynb #de4cf242
+def outputs_function(
+    model: nn.Module,
+    x: Tensor,  # `[N, …]`
+) -> Callable[[Params], Tensor]:  # raises `ValueError` on other names or shapes
+    "θ ↦ outputs `[N, …]` of the model with parameters θ on x; the model itself is never changed."
+    return batch_loss(model, lambda m, inputs: m(inputs), x)
 
 # %% ../../nbs/curvature/01_params.ipynb #57057eec
 def held(
