@@ -96,7 +96,7 @@ class Examples:
         self,
         data: Any,  # a nest of tensors, or a DataLoader of them
         device: torch.device | str = "cpu",
-        size: Callable[[Any], float] | None = None,  # of a batch; `batch_size` if `None`
+        size: Callable[[Any], float] | None = None,  # `batch_size` if `None`
         progress: bool = True,  # a bar for long passes, on a terminal
     ):
         self.data, self.device = data, torch.device(device)
@@ -143,7 +143,7 @@ class Examples:
                 raise _other(f"batch {reached} of the loader is another one")
             yield batch
         if reached < len(self.marks):
-            raise _other(f"the loader ends after {reached} of {len(self.marks)} batches")
+            raise _other(f"the loader ends after batch {reached} of {len(self.marks)}")
 
     @contextmanager
     def _bar(self) -> Iterator[Callable[[], None]]:

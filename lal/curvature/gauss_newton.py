@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Linearized', 'twice_differentiable', 'JacobianOperator', 'check_outputs', 'Parts', 'OutputsOperator',
-           'GaussNewtonOperator', 'check_cut', 'distance', 'by_row', 'check_rows', 'FisherOperator']
+           'GaussNewtonOperator', 'check_cut', 'by_row', 'check_rows', 'FisherOperator']
 
 # %% ../../nbs/curvature/07_gauss_newton.ipynb #ca93b934
 from functools import cached_property, partial
@@ -106,7 +106,7 @@ class JacobianOperator(ParameterOperator):
     def product(self, v: Tensor) -> Tensor:
         found = self._kept().forward(self.parts(v))
         check_product({"the outputs": found[0]}, v, self)
-        return found[0].reshape(-1)
+        return found[0].reshape(-1).to(self.dtype)
 
     def transposed(self, u: Tensor) -> Tensor:
         J = self._kept()
@@ -265,17 +265,19 @@ class GaussNewtonOperator(OutputsOperator):
 
 # %% ../../nbs/curvature/07_gauss_newton.ipynb #1cf69cff
 def check_cut(parts: Parts) -> None:
-    "Raise `ValueError` unless Jᵀ ∂ℓ/∂z = ∂ℓ/∂θ, but for a thousand unit roundoffs."
-    through = parts.J.back(parts.r)
-    whole = parts.J.grad([parts.loss], parts.J.theta, [torch.ones_like(parts.loss)])
-    unit = torch.finfo(through[0].dtype).eps
-    if distance(through, whole) > 1000 * unit * distance(whole):
+    "Raise `ValueError` unless Jᵀ ∂ℓ/∂z = ∂ℓ/∂θ, but for a thousand unit roundoffs of what the sum over examples may have cancelled."
+    rng, J = generator(0, "probe"), parts.J
+    whole = J.grad([parts.loss], J.theta, [torch.ones_like(parts.loss)])
+    signs = [torch.randn(t.shape, generator=rng).sign().to(t) for t in parts.r]
+    size = _distance(J.back([s * t for s, t in zip(signs, parts.r)])) + _distance(whole)
+    unit = torch.finfo(whole[0].dtype).eps
+    if _distance(J.back(parts.r), whole) > 1000 * unit * size:
         raise ValueError(
             "the loss depends on the parameters beside the model's outputs (a penalty on the weights in loss_fn, an output behind another one): take that part out of the loss, or pass outputs, a function of what the model returns that picks the tensors the loss is computed from"
         )
 
 
-def distance(a: list[Tensor], b: list[Tensor] | None = None) -> float:
+def _distance(a: list[Tensor], b: list[Tensor] | None = None) -> float:
     "‖a − b‖, or ‖a‖, of lists of tensors alike."
     parts = a if b is None else [x - y for x, y in zip(a, b)]
     return float(torch.nn.utils.get_total_norm(parts))
@@ -299,7 +301,7 @@ def check_rows(parts: Parts, examples: float) -> None:
         signs = 1 - 2 * (torch.randperm(N, generator=rng) % 2).to(u[0])
         turned = parts.bend([by_row(signs, t) for t in u])
         straight = [by_row(signs, t) for t in parts.bend(u)]
-        if distance(turned, straight) > 1e-4 * distance(straight):
+        if _distance(turned, straight) > 1e-4 * _distance(straight):
             raise ValueError(
                 "the loss is no mean over the rows of the model's outputs: a row has a part in the loss of another one, so that there is no gradient of a single example; GaussNewtonOperator.of has no need of it"
             )

@@ -117,7 +117,7 @@ class ParameterOperator(Operator):
 
         >>> H = HessianOperator.of(model, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]), loader)
 
-        Frozen parameters, buffers and modes (training or evaluation) stay as they are now; tied parameters appear once. Nothing changes the model. Raises `ValueError` as the operator and `Examples` do.
+        Frozen parameters, buffers and modes (training or evaluation) stay as they are now; tied parameters appear once. Over a loader batches are weighted by `size`: a loss that is the mean over unmasked tokens needs one that counts them. Nothing changes the model. Raises `ValueError` as the operator and `Examples` do.
         """
         model = checked_module(model, loss_fn)
         function_of = partial(batch_loss, model, loss_fn)

@@ -246,8 +246,8 @@ class SumOperator(Operator):
             )
         first = self.operators[0]
         for op in self.operators[1:]:
-            alike = (getattr(op, k) == getattr(first, k) for k in ("shape", "dtype", "device"))
-            if not all(alike):
+            kinds = ((x.shape, x.dtype, x.device) for x in (first, op))
+            if len(set(kinds)) > 1:
                 raise ValueError(f"{first!r} and {op!r} can't be added")
         super().__init__(first.shape, first.dtype, first.device)
         self.symmetric = all(op.symmetric for op in self.operators)

@@ -246,15 +246,15 @@ def as_now(
         raise ValueError(
             "the model has no trainable parameters: set requires_grad on those that the matrix is to be of"
         )
-    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    still = everything | {n: b.detach().clone() for n, b in model.named_buffers()}
     modes = [(module, module.training) for module in model.modules()]
 
     def fixed(f: Callable[[Params], Any]) -> Callable[[Params], Any]:
-        of_free = held(f, everything | buffers, free)
-
         def of_now(params: Params):
+            dtype = next(iter(params.values())).dtype
+            rest = {n: _follow(t, dtype) for n, t in still.items() if n not in params}
             with _in_modes(modes):
-                return of_free(params)
+                return f({n: params.get(n, rest.get(n)) for n in still})
 
         return of_now
 

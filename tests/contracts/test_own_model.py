@@ -531,7 +531,7 @@ FROZEN, DROPPING, PROBING = perceptron().requires_grad_(False), nn.Sequential(nn
 ITERATOR = iter(LOADER)
 REFUSED = {
     "hidden randomness": (lambda: HessianOperator.of(MODEL, loss, DataLoader(Augmented(np.random.default_rng(0).random), batch_size=3)), "another one in a second pass"),
-    "an iterator inside": (lambda: HessianOperator.of(MODEL, loss, DataLoader(Once(), batch_size=3)), "ends after 0 of 3 batches"),
+    "an iterator inside": (lambda: HessianOperator.of(MODEL, loss, DataLoader(Once(), batch_size=3)), "ends after batch 0 of 3"),
     "an iterator": (lambda: HessianOperator.of(MODEL, loss, ITERATOR), "pass a batch"),
     "no tensors": (lambda: HessianOperator.of(MODEL, loss, {"a": "text"}), "has no tensor"),
     "an empty loader": (lambda: HessianOperator.of(MODEL, loss, DataLoader(TensorDataset(X[:0], Y[:0]))), "no examples"),
