@@ -576,3 +576,40 @@ def test_outputs_are_chosen():
     body = GaussNewtonOperator.of(model, lambda m, b: m(b[0])["hidden"].square().mean(), ALL)
     J = JacobianOperator.of(model, lambda m, b: m(b[0])["hidden"], ALL).to_dense()
     assert near(body.to_dense(), 2 / 21 * J.T @ J, 1e-11)
+
+
+def test_several_outputs():
+    "A model that is run twice, and outputs that are parts of one tensor, have Gauss–Newton matrices of all they give."
+    A, B = X, X.flip(1)
+
+    def twice(m, b):
+        return (m(b[0]) * m(b[1])).sum(1).exp().mean()
+
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = MODEL
+
+        def forward(self, x):
+            return self.inner(x).unbind(1)
+
+    pair = GaussNewtonOperator(lambda p: torch.stack([functional_call(MODEL, p, (t,)) for t in (A, B)]), lambda z: (z[0] * z[1]).sum(1).exp().mean(), params_of(MODEL))
+    assert near(GaussNewtonOperator.of(MODEL, twice, (A, B)).to_dense(), pair.to_dense(), 1e-11)
+    parts = GaussNewtonOperator.of(Split(), lambda m, b: F.cross_entropy(torch.stack(m(b[0]), 1), b[1]), ALL)
+    one = GaussNewtonOperator.of(Split(), lambda m, b: m(b[0])[0].square().mean(), ALL)
+    assert len(parts._kept().J.z) == 2 and len(one._kept().J.z) == 1
+    assert near(parts.to_dense(), GaussNewtonOperator.of(MODEL, loss, ALL).to_dense(), 1e-11)
+
+
+def test_a_minimum_is_no_penalty():
+    "Where the examples' gradients cancel to rounding, nothing is taken for a part of the loss beside the outputs."
+    x, y = randn(40, 3), randn(40, 2, seed=1)
+    model = nn.Linear(3, 2)
+    solution = torch.linalg.lstsq(torch.cat([x, torch.ones(40, 1)], 1), y).solution
+    with torch.no_grad():
+        model.weight.copy_(solution[:3].T), model.bias.copy_(solution[3])
+    for Operator in (GaussNewtonOperator, FisherOperator):
+        op = Operator.of(model, lambda m, b: F.mse_loss(m(b[0]), b[1]), (x, y))
+        assert op.gradient.norm() < 1e-5
+    with pytest.raises(ValueError, match="take that part out"):
+        GaussNewtonOperator.of(model, lambda m, b: F.mse_loss(m(b[0]), b[1]) + 1e-3 * m.weight.square().sum(), (x, y))
