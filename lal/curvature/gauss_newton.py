@@ -29,7 +29,7 @@ from lal.curvature.hessian_operator import (
     through_graph,
 )
 from .hvp import check_finite, no_randomness
-from .operators import Operator, StreamedOperator
+from .operators import Operator
 from .params import Params, batch_loss, checked_module, flatten
 from .params import outputs_function
 
@@ -134,8 +134,8 @@ class JacobianOperator(ParameterOperator):
         def one(batch: Any) -> int:
             return 1  # rows are stacked, not weighted
 
-        op = over_data(make, function_of, model, data, one, dtype, progress)
-        return StackedOperator(op) if isinstance(op, StreamedOperator) else op
+        how = dtype, progress, StackedOperator
+        return over_data(make, function_of, model, data, one, *how)
 
 # %% ../../nbs/curvature/07_gauss_newton.ipynb #613dc874
 def check_outputs(z: list) -> None:

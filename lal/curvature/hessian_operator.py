@@ -294,6 +294,7 @@ def over_data(
     size: Callable[[Any], float] | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    streamed: type[StreamedOperator] = StreamedOperator,
 ) -> Operator:
     "The operator that `make` builds, in a model's trainable parameters as they are now: of a batch, or streamed over a loader."
     params, fixed = as_now(model, dtype)
@@ -304,17 +305,16 @@ def over_data(
     if not examples.streamed:
         return first
     first._graph = None  # those of the batches are built at every product
-    return StreamedOperator(first, lambda b: fixed(function_of(b)), examples)
+    return streamed(first, lambda b: fixed(function_of(b)), examples)
 
 # %% ../../nbs/curvature/06_hessian_operator.ipynb #dcd5f5aa
 class StackedOperator(StreamedOperator):
     "The rows of all batches of a streamed Jacobian, `[M, n]`, in the order of the batches."
 
-    def __init__(self, of: StreamedOperator):
-        super().__init__(of.first, of.function_of, of.examples)
+    def __init__(self, *of: Any):  # what a `StreamedOperator` is made of
+        super().__init__(*of)
         with torch.no_grad():
-            outputs = (op.f(self.params) for _, op in self.terms())
-            self.heights = [z.numel() for z in outputs]
+            self.heights = [op.f(self.params).numel() for _, op in self.terms()]
         self.shape = (sum(self.heights), self.shape[1])
 
     def terms(self) -> Iterable[tuple[float, ParameterOperator]]:
@@ -333,10 +333,4 @@ class StackedOperator(StreamedOperator):
         parts = iter(u.split(self.heights))
         return self._sum(lambda op: op.transposed(next(parts)))
 
-    def diagonal(self) -> Tensor:
-        return Operator.diagonal(self)
-
-    def restrict(self, names: str | Iterable[str]) -> "StackedOperator":
-        "The columns of the named parameters."
-        whole = StreamedOperator(self.first, self.function_of, self.examples)
-        return StackedOperator(whole.restrict(names))
+    diagonal = Operator.diagonal  # column by column, if it is square
