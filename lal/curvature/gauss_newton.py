@@ -64,13 +64,13 @@ class Linearized:
         return self.grad(self.z, self.theta, u)
 
 # %% ../../nbs/curvature/07_gauss_newton.ipynb #dd0d4957
-def twice_differentiable(evaluate: Callable[[], Any]) -> Any:
-    "`evaluate()`, under the math kernel of attention if a fused one is in its graph."
-    found = evaluate()
+def twice_differentiable(f: Callable[[Params], Any], leaves: Params) -> Any:
+    "f at `leaves`, under the math kernel of attention if a fused one is in its graph."
+    found = f(dict(leaves))
     nodes = {node for t in tensors_of(found) for node, _ in edges_behind(t)}
     if any("ScaledDotProduct" in node.name() for node in nodes):
         with sdpa_kernel(SDPBackend.MATH):
-            return evaluate()
+            return f(dict(leaves))
     return found
 
 # %% ../../nbs/curvature/07_gauss_newton.ipynb #d2ba7181
@@ -99,7 +99,7 @@ class JacobianOperator(ParameterOperator):
         with torch.inference_mode(False), torch.enable_grad():
             theta = [t.clone().requires_grad_() for t in self.params.values()]
             point = dict(zip(self.params, theta))
-            z = twice_differentiable(lambda: self.f(dict(point)))
+            z = twice_differentiable(self.f, point)
             check_outputs([z])
             return Linearized(self, theta, [z])
 
@@ -171,7 +171,7 @@ class OutputsOperator(ParameterOperator):
         with torch.inference_mode(False), torch.enable_grad():
             theta = [t.clone().requires_grad_() for t in self.params.values()]
             point = dict(zip(self.params, theta))
-            z, loss = twice_differentiable(lambda: self.evaluate(dict(point)))
+            z, loss = twice_differentiable(self.evaluate, point)
             check_outputs(z)
             check_loss(loss)
             J = Linearized(self, theta, z)

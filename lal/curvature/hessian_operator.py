@@ -25,7 +25,6 @@ from lal.curvature.params import (
     flatten,
     held,
     norm,
-    params_of,
     unflatten,
 )
 
