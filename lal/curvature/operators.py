@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['Operator', 'check_vector', 'MatrixOperator', 'is_symmetric', 'Transposed', 'FunctionOperator', 'as_operator',
-           'SumOperator', 'ScaledOperator']
+           'SumOperator', 'ScaledOperator', 'StreamedOperator']
 
 # %% ../../nbs/curvature/05_operators.ipynb #25d2cf01
-from typing import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any, Callable, Iterable, Sequence
 import torch
 from torch import Tensor
+from .data import Examples
 from .hvp import ALONE, check_finite, check_point
-from .params import Params, check_alike, flatten, unflatten
+from .params import Params, check_alike, flatten, held, unflatten
 
 # %% ../../nbs/curvature/05_operators.ipynb #6475973d
 class Operator:
@@ -244,11 +246,8 @@ class SumOperator(Operator):
             )
         first = self.operators[0]
         for op in self.operators[1:]:
-            if (op.shape, op.dtype, op.device) != (
-                first.shape,
-                first.dtype,
-                first.device,
-            ):
+            kinds = ((x.shape, x.dtype, x.device) for x in (first, op))
+            if len(set(kinds)) > 1:
                 raise ValueError(f"{first!r} and {op!r} can't be added")
         super().__init__(first.shape, first.dtype, first.device)
         self.symmetric = all(op.symmetric for op in self.operators)
@@ -259,23 +258,32 @@ class SumOperator(Operator):
             if list(other) != list(named[0]):
                 raise ValueError("the operators have their parameters in other orders")
 
-    def _sum(self, terms: Iterable[Tensor]) -> Tensor:
+    def terms(self) -> Iterable[tuple[float, Operator]]:
+        "Weight and operator of every term, in order."
+        return zip(self.weights, self.operators)
+
+    def _sum(self, act: Callable[[Operator], Tensor]) -> Tensor:
+        "Σᵢ wᵢ act(Aᵢ)."
         total = None
-        for weight, term in zip(self.weights, terms):
+        for weight, op in self.terms():
+            term = act(op)
             total = weight * term if total is None else total.add_(term, alpha=weight)
         return total
 
     def product(self, v: Tensor) -> Tensor:
-        return self._sum(op.product(v) for op in self.operators)
+        return self._sum(lambda op: op.product(v))
 
     def transposed(self, u: Tensor) -> Tensor:
-        return self._sum(op.transposed(u) for op in self.operators)
+        return self._sum(lambda op: op.transposed(u))
 
     def block(self, V: Tensor) -> Tensor:
-        return self._sum(op.block(V) for op in self.operators)
+        return self._sum(lambda op: op.block(V))
 
     def diagonal(self) -> Tensor:
-        return self._sum(op.diagonal() for op in self.operators)
+        return self._sum(lambda op: op.diagonal())
+
+    def to_dense(self) -> Tensor:
+        return self._sum(lambda op: op.to_dense())
 
     def restrict(self, names: str | Iterable[str]) -> "SumOperator":
         "The sum of the restricted operators."
@@ -312,3 +320,38 @@ class ScaledOperator(Operator):
         part = self.of.restrict(names)
         scale = unflatten(self.scale, self.params)
         return ScaledOperator(part, {name: scale[name] for name in part.params})
+
+# %% ../../nbs/curvature/05_operators.ipynb #1dcb4683
+class StreamedOperator(SumOperator):
+    "Σ_b w_b A_b over the batches of `examples`, weighted by their shares: at every product each A_b is made, multiplied and dropped."
+
+    def __init__(
+        self,
+        first: Operator,  # that of the first batch, which has been checked
+        function_of: Callable[[Any], Callable],  # of a batch, to the f of its operator
+        examples: Examples,
+    ):
+        Operator.__init__(self, first.shape, first.dtype, first.device)
+        self.first, self.function_of, self.examples = first, function_of, examples
+        self.params, self.symmetric = first.params, first.symmetric
+
+    def __repr__(self):
+        return f"{self.first!r} over {len(self.examples.sizes)} batches"
+
+    def terms(self) -> Iterable[tuple[float, Operator]]:
+        for share, batch in self.examples:
+            yield share, self.first.another(self.function_of(batch))
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        "Σ_b w_b ∇f_b(θ), `[n]`, the gradient of the mean over all examples."
+        return self._sum(lambda op: op.gradient)
+
+    def restrict(self, names: str | Iterable[str]) -> "StreamedOperator":
+        "The block of the named parameters, the others held fixed."
+        first, whole = self.first.restrict(names), self.function_of
+
+        def function_of(batch: Any) -> Callable:
+            return held(whole(batch), self.params, first.params)
+
+        return type(self)(first, function_of, self.examples)
