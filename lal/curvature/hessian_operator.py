@@ -11,7 +11,19 @@ from typing import Callable, Iterable
 import torch
 from torch import Tensor
 from ..core.errors import nearest
-from .hvp import ALONE, STEPS, check_finite, check_point, gradient, hvp
+from lal.curvature.hvp import (
+    ALONE,
+    SHARE_LOST,
+    STEPS,
+    check_finite,
+    check_point,
+    check_second_derivative,
+    differentiating_twice,
+    gradient,
+    hvp,
+    step_made,
+    twice_differentiable,
+)
 from .operators import Operator
 from .params import Params, flatten, norm, unflatten
 
@@ -108,10 +120,13 @@ class HessianOperator(ParameterOperator):
         "θ and those parts of ∇f(θ) that depend on it."
         with torch.inference_mode(False), torch.enable_grad():
             theta = [t.clone().requires_grad_() for t in self.params.values()]
-            value = self.f(dict(zip(self.params, theta)))
-            slopes = torch.autograd.grad(
-                value, theta, create_graph=True, materialize_grads=True
-            )
+            leaves = dict(zip(self.params, theta))
+            value = twice_differentiable(self.f, leaves)
+            check_second_derivative(value, leaves)
+            with through_graph(self):
+                slopes = torch.autograd.grad(
+                    value, theta, create_graph=True, materialize_grads=True
+                )
         return theta, list(slopes)
 
     def product(self, v: Tensor) -> Tensor:
@@ -154,17 +169,12 @@ class HessianOperator(ParameterOperator):
 def through_graph(op: Operator):
     "Turn PyTorch's complaints about a kept graph into one `ValueError` that says what to do."
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), differentiating_twice():
             yield
-    except (RuntimeError, NotImplementedError) as error:
-        text = str(error).splitlines()[0]
-        if "modified by an inplace operation" in text:
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error).splitlines()[0]:
             raise ValueError(
                 f"something that f uses was changed in place after {op!r} was built: build it anew"
-            ) from error
-        if "not implemented" in text:
-            raise ValueError(
-                f"f can't be differentiated twice ({text}): use FiniteDifferenceOperator"
             ) from error
         raise
 
@@ -199,6 +209,7 @@ class FiniteDifferenceOperator(ParameterOperator):
         self.scheme = scheme
         self.epsilon = STEPS[scheme] if epsilon is None else float(epsilon)
         self.inner = torch.float64 if epsilon is None else self.dtype
+        self._most = SHARE_LOST["automatic" if epsilon is None else "given"]
         self._theta = flatten(self.params).to(self.inner, copy=True)
         here = self._theta.clone()  # f may write into what it is given
         self._base = self._gradient(here) if scheme == "forward" else None
@@ -220,19 +231,14 @@ class FiniteDifferenceOperator(ParameterOperator):
         size = float(norm({"v": wide}))
         if not size:
             return torch.zeros_like(v)
-        step = self.epsilon / size
-        ahead = torch.add(self._theta, wide, alpha=step)
-        if torch.equal(ahead, self._theta):
-            raise ValueError(
-                f"epsilon = {self.epsilon} changes no parameter in {self.inner} along this vector"
-            )
-        high = self._gradient(ahead)
-        if self.scheme == "forward":
-            change = high.sub_(self._base).div_(self.epsilon).mul_(size)
-        else:
-            behind = torch.add(self._theta, wide, alpha=-step)
-            change = high.sub_(self._gradient(behind))
-            change = change.div_(2 * self.epsilon).mul_(size)
+        unit, epsilon = wide / size, self.epsilon
+        ahead, behind, sides = self._theta + epsilon * unit, self._theta, 1
+        if self.scheme == "central":
+            behind, sides = self._theta - epsilon * unit, 2
+        ends = {"": behind}, {"": ahead}, {"": unit}
+        made = step_made(*ends, epsilon, sides, self._most, self.params)
+        low = self._base if self.scheme == "forward" else self._gradient(behind)
+        change = self._gradient(ahead).sub_(low).div_(made).mul_(size)
         found = change.to(self.dtype)
         check_product({"the parameters": found}, v, self)
         return found

@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from lal.core.device import generator, seeded
 from lal.modular.models import BaselineMLP, GrokTransformer
 from lal.modular.task import Task, encode, examples
-from lal.curvature.hvp import SCHEMES, STEPS, DrawnAs, NotTwiceDifferentiable, _check_graph, _following, gradient, hvp
+from lal.curvature.hvp import SCHEMES, STEPS, NotTwiceDifferentiable, _check_graph, gradient, hvp
 from lal.curvature.params import axpy, cosine, dot, flatten, loss_function, norm, params_of, unflatten
+from lal.curvature.precision import Following, Widened
 
 F64 = torch.float64
 X = torch.randn(6, 2, generator=generator(0, "x"))
@@ -356,7 +357,7 @@ def test_the_dropout_of_fused_attention_on_a_gpu_is_seen_in_the_graph(kind):
 
     point = {"q": q.detach()}
     with pytest.raises(ValueError, match="draws another mask in torch.float64: .* give hvp a number for epsilon"):
-        _following(f, point, F64)(as_dtype(point, F64))
+        Following(f, point, F64)(as_dtype(point, F64))
 
 
 # The same random numbers in every dtype.
@@ -396,7 +397,7 @@ DRAWS = {
 def test_random_numbers_in_float64_are_those_of_the_own_dtype(kind, own):
     draw, t = DRAWS[kind], torch.ones(40, 30)
     with seeded(0, "probe"): want, state = draw(t.to(own)), torch.get_rng_state()
-    with seeded(0, "probe"), DrawnAs(own, F64): found, after = draw(t.double()), torch.get_rng_state()
+    with seeded(0, "probe"), Widened(own, F64): found, after = draw(t.double()), torch.get_rng_state()
     assert found.dtype == F64 and torch.equal(state, after)
     assert torch.allclose(found, want.double(), rtol=torch.finfo(own).eps, atol=0)  # dropout divides by 1 − p
 
