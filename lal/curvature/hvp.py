@@ -280,9 +280,10 @@ def check_second_derivative(value: Tensor, leaves: Params) -> None:
 
 @contextmanager
 def differentiating_twice():
-    "Turn PyTorch's complaints about a second derivative into `NotTwiceDifferentiable`."
+    "A pass through such a graph; PyTorch's complaints become `NotTwiceDifferentiable`."
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):  # for checkpoints, which evaluate again
+            yield
     except RuntimeError as error:  # also `NotImplementedError`
         line = (str(error).splitlines() or [""])[0]
         words = ("not implemented", "double backward", "once_differentiable")
