@@ -1034,6 +1034,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'lal/curvature/traces.py'),
                                       'lal.curvature.traces._blocks': ('curvature/traces.html#_blocks', 'lal/curvature/traces.py'),
                                       'lal.curvature.traces._finite': ('curvature/traces.html#_finite', 'lal/curvature/traces.py'),
+                                      'lal.curvature.traces._least_error': ( 'curvature/traces.html#_least_error',
+                                                                             'lal/curvature/traces.py'),
                                       'lal.curvature.traces._like': ('curvature/traces.html#_like', 'lal/curvature/traces.py'),
                                       'lal.curvature.traces._normals': ('curvature/traces.html#_normals', 'lal/curvature/traces.py'),
                                       'lal.curvature.traces._quadratic_forms': ( 'curvature/traces.html#_quadratic_forms',

@@ -30,7 +30,7 @@ def planted(eigenvalues, seed=0, dtype=F64):
 def holds(e: Estimate, truth, scale=1.0):
     "Is the truth in the interval, but for rounding in sums of numbers of this size?"
     slack = 1e-7 * float(scale) + 1e-12
-    return all(e.low - slack <= x <= e.high + slack for x in (float(truth), e.estimate)) and e.standard_error >= 0
+    return all(e.low - slack <= x <= e.high + slack for x in (float(truth), e.estimate)) and not e.standard_error < 0
 
 
 @pytest.mark.parametrize("method", METHODS)
