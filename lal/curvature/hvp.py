@@ -175,7 +175,7 @@ def _check_base(base: Params, point: Params) -> None:
     check_finite(base, "base")
 
 # %% ../../nbs/curvature/04_hvp.ipynb #7d20c6e1
-MOST_LOST = {"forward": 1e-3, "central": 1e-5, "given": 0.3}
+MOST_LOST = {"forward": 1e-3, "central": 1e-5, "given": 0.1}
 
 
 def step_made(
