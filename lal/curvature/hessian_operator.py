@@ -279,9 +279,9 @@ class FiniteDifferenceOperator(ParameterOperator):
 
     def _made(self, unit: Tensor, most: float) -> tuple[Tensor, Tensor, float]:
         "Where the difference begins and ends, [n] each, and the length of the step between."
-        step, sides = self.epsilon * unit, 1 if self.scheme == "forward" else 2
-        ahead = self._theta + step
-        behind = self._theta if sides == 1 else self._theta - step
+        theta, sides = self._theta, 1 if self.scheme == "forward" else 2
+        ahead = torch.add(theta, unit, alpha=self.epsilon)
+        behind = torch.sub(theta, unit, alpha=self.epsilon) if sides == 2 else theta
         ends = {"": behind}, {"": ahead}, {"": unit}
         made = step_made(*ends, self.epsilon, sides, most, self.params)
         return behind, ahead, made

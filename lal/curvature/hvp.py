@@ -190,9 +190,11 @@ def step_made(
     "⟨d, v̂⟩ of the step d = end − start. Raises if rounding changed it by more than `most` of its length."
     dtype, width = next(iter(unit.values())).dtype, sides * epsilon
     wide = torch.promote_types(dtype, torch.float32)
-    made = {k: (end[k] - t).to(wide) / width for k, t in start.items()}
+    made = {k: (end[k] - t).to(wide).div_(width) for k, t in start.items()}
     unit = {k: t.to(wide) for k, t in unit.items()}
-    along, square = torch.stack([dot(made, unit), dot(made, made)]).tolist()
+    pairs = [(made[k].reshape(-1), t.reshape(-1)) for k, t in unit.items()]
+    dots = [torch.stack([d @ t, d @ d]) for d, t in pairs]
+    along, square = torch.stack(dots).sum(0).tolist()
     if not square:
         raise ValueError(f"epsilon = {epsilon:.3g} changes no parameter in {dtype}")
     lost = 1 + square - 2 * along  # the square of the share

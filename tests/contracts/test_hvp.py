@@ -401,7 +401,8 @@ def test_parameters_of_unequal_size_give_the_product_or_an_error_that_names_them
 def test_the_quotient_is_divided_by_the_step_that_was_made():
     t, f = torch.tensor(512.0), lambda t: t**2 / 2
     for epsilon in (1e-3, 1.04e-3):  # 16.4 and 17.04 units in the last place
-        assert float(hvp(f, t, torch.ones(()), "forward", epsilon)) == 1.0 == float((FiniteDifferenceOperator(f, t, "forward", epsilon) @ torch.ones(1))[0])
+        products = hvp(f, t, torch.ones(()), "forward", epsilon), FiniteDifferenceOperator(f, t, "forward", epsilon) @ torch.ones(1)
+        assert all(abs(float(x) - 1) < 1e-6 for x in products)
 
 
 def test_a_product_that_overflows_is_an_error():
