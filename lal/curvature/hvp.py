@@ -257,7 +257,7 @@ def _check_graph(value: Tensor) -> bool:
         raise NotTwiceDifferentiable(f"{masked} has one with another mask only")
     return any("ScaledDotProduct" in node.name() for node in nodes)
 
-
+# %% ../../nbs/curvature/04_hvp.ipynb #f20b6d47
 def twice_differentiable(
     f: Callable[[Params], Tensor],  # to a tensor of any shape
     leaves: Params,  # that ask for gradients
@@ -279,7 +279,7 @@ def check_second_derivative(value: Tensor, leaves: Params) -> None:
                 "PyTorch's second derivative of weight_norm is wrong on the CPU; remove the parametrization, or compute g·v/‖v‖ in plain operations"
             )
 
-
+# %% ../../nbs/curvature/04_hvp.ipynb #b3e7520f
 @contextmanager
 def differentiating_twice():
     "A pass through such a graph; PyTorch's complaints become `NotTwiceDifferentiable`."
