@@ -116,7 +116,7 @@ def asymmetry(op: Operator) -> float:
     return float((u.double() @ Hv - v.double() @ Hu).abs() / size)
 
 # %% ../../nbs/curvature/06_hessian_operator.ipynb #e95a6c02
-def check_symmetric(op: "HessianOperator") -> None:
+def check_symmetric(op: ParameterOperator) -> None:
     "Raise `ValueError` if uᵀHv and vᵀHu differ by more than rounding explains."
     found = {op.dtype: asymmetry(op)}
     if not found[op.dtype] > SUSPECT:
