@@ -140,6 +140,28 @@ def _grid(nodes: Tensor, sigma: float, points: int | None) -> Tensor:
         raise ValueError(f"points = {points}: sigma = {sigma:.3g} needs {least}")
     return torch.linspace(low, high, points, dtype=torch.float64)
 
+# %% ../../nbs/curvature/12_density.ipynb #0f37ac52
+def _freedom(n: int, probes: int) -> float:
+    "a + b of the Beta distribution of the mean share of so many probes."
+    return probes * (n / 2 + 1) - 1
+
+
+def _across(nodes: Tensor, weights: Tensor) -> Tensor:
+    "Bounds for Σ |λ| (uᵀv)² over the eigenvalues of the other sign, `[probes]`, where all nodes have one; `nodes` are their sizes."
+    nodes, order = nodes.sort(1)
+    first, rest = nodes[:, :1], nodes[:, 1:]
+    shrunk = (1 - first / rest).prod(1).square()
+    return weights.gather(1, order)[:, 0] * shrunk / (4 * (1 / rest).sum(1))
+
+
+def _beside(nodes: Tensor, weights: Tensor, a: float, b: float, outside: bool):
+    "Bounds for Σ (uᵀv)² over the eigenvalues in [a, b], `[probes]`, where no node is in it; of those outside, where all are."
+    if outside:
+        return weights[:, 0] * (a > -math.inf) + weights[:, -1] * (b < math.inf)
+    below = (nodes < a).sum(1, keepdim=True)
+    padded = torch.nn.functional.pad(weights, (1, 1))
+    return (padded.gather(1, below) + padded.gather(1, below + 1))[:, 0]
+
 # %% ../../nbs/curvature/12_density.ipynb #3a4f55eb
 @dataclass(frozen=True, repr=False, eq=False)
 class SpectralDensity:
@@ -184,6 +206,10 @@ class SpectralDensity:
         ends = _band(part, square, _freedom(self.n, probes), self.confidence)
         low, high = (1 - ends[1], 1 - ends[0]) if most else ends
         share = 1 - part if most else part
+        if not (rare > 1e-12).any():  # no node is there
+            beside = _beside(self.nodes, self.weights, a, b, outside=most)
+            if part := self._missed(beside):
+                return self._unseen(share, part, _freedom(self.n, probes))
         return self._estimate(share, square - part**2, low, high)
 
     def negative_mass(self) -> Estimate:
@@ -199,8 +225,26 @@ class SpectralDensity:
         noise = 2 / (self.n + 2) / probes * float(variance)
         spread = float(share * (1 - share))
         freedom = max(spread / noise - 1, 0.01) if noise else 1.0
+        if (self.nodes > 0).all() or (self.nodes < 0).all():
+            part = self._missed(_across(size, self.weights)) / float(total)
+            if part := min(part, 1 - 1e-9):
+                noise = 2 / (self.n + 2) / probes * part * float(size.max() / total)
+                freedom = max(part * (1 - part) / noise - 1, 0.01)
+                return self._unseen(share, part, freedom)
         ends = share_interval(share.numpy(), freedom, self.confidence)
         return self._estimate(share, variance, *ends)
+
+    def _missed(self, most: Tensor) -> float:
+        "The mean of bounds of the probes, `[probes]`, for those whose space was not exhausted."
+        whole = (self.weights[:, -1] == 0) | (self.weights.shape[1] >= self.n)
+        return float(torch.where(whole, 0.0, most).mean())
+
+    def _unseen(self, value: Tensor, part: float, freedom: float) -> Estimate:
+        "0 or 1, with an error that is not known: at most `part` of the probes' weight was missed."
+        high = float(share_interval(part, freedom, self.confidence)[1])
+        ends = (1 - high, 1.0) if value else (0.0, high)
+        counts = self.confidence, len(self.nodes), self.products
+        return Estimate(float(value), math.nan, *ends, *counts)
 
     def _estimate(self, value, variance, low, high) -> Estimate:
         "From the variance of k over the spectrum to the standard error of its mean over the probes."
@@ -208,11 +252,6 @@ class SpectralDensity:
         error = math.sqrt(max(float(variance), 0.0) * 2 / (self.n + 2) / probes)
         numbers = float(value), error, float(low), float(high)
         return Estimate(*numbers, self.confidence, probes, self.products)
-
-
-def _freedom(n: int, probes: int) -> float:
-    "a + b of the Beta distribution of the mean share of so many probes."
-    return probes * (n / 2 + 1) - 1
 
 # %% ../../nbs/curvature/12_density.ipynb #c1b8f012
 def spectral_density(

@@ -22,7 +22,7 @@ class Estimate:
     "A number with its standard error and an interval; `float(e)` is the number."
 
     estimate: float
-    standard_error: float  # 0 if the number is exact
+    standard_error: float  # 0 if the number is exact, `nan` if it is not known
     low: float  # the interval
     high: float
     confidence: float  # how often such an interval should hold the true value
@@ -37,7 +37,9 @@ class Estimate:
             return f"Estimate({self.estimate:.6g}, exact, {self.products} products)"
         interval = f"[{self.low:.6g}, {self.high:.6g}] at {100 * self.confidence:g} %"
         counts = f"{self.probes} probes, {self.products} products"
-        number = f"{self.estimate:.6g} ± {self.standard_error:.2g}"
+        known = not math.isnan(self.standard_error)
+        error = f"± {self.standard_error:.2g}" if known else "± unknown"
+        number = f"{self.estimate:.6g} {error}"
         return f"Estimate({number}, {interval}, {counts})"
 
     @classmethod
@@ -53,13 +55,14 @@ class Estimate:
         confidence: float,
         products: int,
         offset: float = 0.0,  # known exactly, added to the mean
+        least: float = 0.0,  # standard error at least
     ) -> "Estimate":
         "Mean of samples with Student's interval. Raises `ValueError` unless they are finite."
         from scipy.special import stdtrit
 
         P, x = len(samples), samples.double()
         mean = _finite(offset + float(x.mean()))
-        error = float(x.std()) / math.sqrt(P)
+        error = max(float(x.std()) / math.sqrt(P), least)
         reach = float(stdtrit(P - 1, (1 + confidence) / 2)) * error
         return cls(mean, error, mean - reach, mean + reach, confidence, P, products)
 
@@ -124,15 +127,29 @@ def check_probes(
 METHODS = ("hutchinson", "hutch++")
 
 
-def _quadratic_forms(op: Operator, draw: Callable, probes: int, Q=None) -> Tensor:
-    "zᵀAz of so many probes, `[P]`, on the CPU; of their parts outside the columns of Q if given."
-    found = []
+def _quadratic_forms(
+    op: Operator, draw: Callable, probes: int, Q=None
+) -> tuple[Tensor, Tensor]:
+    "zᵀAz and ‖Az‖² of so many probes, `[P]` each, on the CPU; of their parts outside the columns of Q if given."
+    found, squares = [], []
     for k in _blocks(probes):
         Z = draw(k)
         if Q is not None:
             Z = Z - Q @ (Q.T @ Z)
-        found.append((Z * op.block(Z).detach()).sum(0).cpu())
-    return torch.cat(found).double()
+        Y = op.block(Z).detach()
+        found.append((Z * Y).sum(0).cpu())
+        Y = Y if Q is None else Y - Q @ (Q.T @ Y)
+        squares.append(Y.square().sum(0).cpu())
+    return torch.cat(found).double(), torch.cat(squares).double()
+
+
+def _least_error(op: Operator, samples: Tensor, squares: Tensor, confidence: float):
+    "√(2 mean ‖Az‖² / P) if the samples are too few and too much alike to show a variance, else 0."
+    P, size = len(samples), float(squares.mean().sqrt())
+    rounding = 8 * torch.finfo(op.dtype).eps * math.sqrt(op.shape[1]) * size
+    telling = 0.75 ** (P - 1) <= 1 - confidence
+    alike = float(samples.std()) <= rounding
+    return size * math.sqrt(2 / P) if alike and not telling else 0.0
 
 # %% ../../nbs/curvature/11_traces.ipynb #facdd7f7
 def trace(
@@ -153,14 +170,14 @@ def trace(
     n, draw = op.shape[1], signs(op, seed)
     if probes >= n:
         return Estimate.exact(op.diagonal().sum(), confidence, n)
-    if method == "hutchinson":
-        samples = _quadratic_forms(op, draw, probes)
-        return Estimate.of_samples(samples, confidence, probes)
-    k = probes // 3
-    Q = torch.linalg.qr(op.block(draw(k)).detach()).Q
-    inside = float((Q * op.block(Q).detach()).sum())
-    samples = _quadratic_forms(op, draw, probes - 2 * k, Q)
-    return Estimate.of_samples(samples, confidence, probes, offset=inside)
+    Q, inside, k = None, 0.0, 0
+    if method == "hutch++":
+        k = probes // 3
+        Q = torch.linalg.qr(op.block(draw(k)).detach()).Q
+        inside = float((Q * op.block(Q).detach()).sum())
+    samples, squares = _quadratic_forms(op, draw, probes - 2 * k, Q)
+    least = _least_error(op, samples, squares, confidence)
+    return Estimate.of_samples(samples, confidence, probes, inside, least)
 
 # %% ../../nbs/curvature/11_traces.ipynb #0dd36b52
 def _normals(op: Operator, seed: int) -> Callable[[int], Tensor]:
@@ -210,7 +227,8 @@ def frobenius(
         paired += float(inner.square().sum() - squares.square().sum())
         apart += float(squares.sum() ** 2 - squares.square().sum())
     norm = math.sqrt(_finite(total) / probes)
-    rho = min(1.0, max(paired / apart, 1 / op.shape[1])) if apart else 1.0
+    pairs, rho = probes * (probes - 1) / 2, paired / apart if apart else 1.0
+    rho = min(1.0, (pairs * rho + 1) / (pairs + 1))
     error = norm * math.sqrt(rho / (2 * probes))
     low, high = chi_square_interval(norm**2, probes / rho, confidence)
     ends = math.sqrt(low), math.sqrt(high)
@@ -242,4 +260,9 @@ def diagonal_estimate(
             spread = spread + off * (x - mean)
     if not mean.isfinite().all():
         raise ValueError("the estimate is not finite: a product is not")
-    return mean, (spread / (probes * (probes - 1))).sqrt()
+    error = (spread / (probes * (probes - 1))).sqrt()
+    if 0.5 ** (probes - 1) <= 0.05:
+        return mean, error
+    rounding = 8 * torch.finfo(op.dtype).eps * math.sqrt(op.shape[1])
+    size = mean.abs() / math.sqrt(probes)
+    return mean, torch.where(error <= rounding * size, size, error)

@@ -8,8 +8,10 @@ from torch.utils.checkpoint import checkpoint
 from lal.core.device import generator, seeded
 from lal.modular.models import BaselineMLP, GrokTransformer
 from lal.modular.task import Task, encode, examples
-from lal.curvature.hvp import SCHEMES, STEPS, DrawnAs, NotTwiceDifferentiable, _check_graph, _following, gradient, hvp
+from lal.curvature.hessian_operator import FiniteDifferenceOperator, HessianOperator
+from lal.curvature.hvp import SCHEMES, STEPS, NotTwiceDifferentiable, _check_graph, gradient, hvp, twice_differentiable
 from lal.curvature.params import axpy, cosine, dot, flatten, loss_function, norm, params_of, unflatten
+from lal.curvature.precision import Following, Widened
 
 F64 = torch.float64
 X = torch.randn(6, 2, generator=generator(0, "x"))
@@ -247,19 +249,166 @@ def test_f_may_change_the_dict_it_is_given(scheme):
     assert close(hvp(f, {"w": w}, v, scheme), {"w": 192 * w**2}, 1e-4)
 
 
-@pytest.mark.parametrize("scheme", STEPS)
-def test_float32_inside_f_is_an_error_and_rounding_noise_is_not(scheme):
-    w = {"w": torch.randn(5, generator=generator(2, "w"))}
-    def inside(p): return (p["w"].float() ** 4).to(p["w"].dtype).sum()
-    with pytest.raises(ValueError, match="float32 somewhere"): hvp(inside, w, w, scheme)
-    assert close(hvp(inside, w, w, scheme, 1e-2), {"w": 12 * w["w"] ** 3}, 0.05)
+# Digits that are dropped inside f.
 
+DATA = torch.randn(64, 10, generator=generator(0, "data")), torch.randint(5, (64,), generator=generator(1, "data"))
+
+
+class Between(nn.Module):
+    "A layer from a function."
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x): return self.act(x)
+
+
+def network(act):
+    with seeded(0, "init"): model = nn.Sequential(nn.Linear(10, 20), Between(act), nn.GELU(), nn.Linear(20, 5))
+    return loss_function(model, *DATA), params_of(model)
+
+
+def rms_norm(x, dtype=torch.float32):
+    y = x.to(dtype)
+    return (y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
+
+
+class NormInside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return rms_norm(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            return torch.autograd.grad(rms_norm(x, x.dtype), x, g)[0]
+
+
+class BackNarrow(NormInside):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return rms_norm(x, x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        return NormInside.backward(ctx, g.float()).to(g.dtype)
+
+
+class Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g): return g * ctx.saved_tensors[0].cos()
+
+
+def rotary(x):
+    with torch.no_grad(): angle = torch.arange(20, device=x.device).to(x.dtype).float().mul(0.1).cos()
+    return x * angle.to(x.dtype)
+
+
+def in_autocast(x):
+    with torch.autocast("cpu", torch.bfloat16): return (x @ torch.eye(20, dtype=x.dtype)).to(x.dtype)
+
+
+NARROW = {
+    "RMSNorm": (rms_norm, "float32"),
+    "softmax": (lambda x: functional.softmax(x, -1, dtype=torch.float32).to(x.dtype), "float32"),
+    "bfloat16": (lambda x: rms_norm(x, torch.bfloat16), "bfloat16"),
+    "float16": (lambda x: rms_norm(x, torch.float16), "float16"),
+    "Fourier": (lambda x: torch.fft.rfft(x.float(), n=38).abs().to(x.dtype), "complex64"),
+    "complex": (lambda x: torch.fft.rfft(x, n=38).to(torch.complex64).to(torch.complex128).abs().to(x.dtype), "complex64"),
+    "own function": (NormInside.apply, "float32"),
+    "own backward": (BackNarrow.apply, "float32"),
+    "checkpoint": (lambda x: checkpoint(rms_norm, x, use_reentrant=False), "float32"),
+    "compiled": (torch.compile(rms_norm, backend="aot_eager"), "float32"),
+}
+WIDE = {"plain": torch.tanh, "rotary": rotary, "own function": Whole.apply, "autocast": in_autocast, "rotary beside an own function": lambda x: rotary(Whole.apply(x)),
+        "detached": lambda x: x - (x.detach().float() * 0).to(x.dtype)}
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_a_function_that_drops_digits_inside_is_refused_by_the_automatic_step(kind):
+    act, dtype = NARROW[kind]
+    f, params = network(act)
+    v = gradient(f, params)
+    for ask in (lambda: hvp(f, params, v), lambda: hvp(f, params, v, "central"), lambda: gradient(f, params, F64), lambda: FiniteDifferenceOperator(f, params),
+                lambda: hvp(f, as_dtype(params, F64), as_dtype(v, F64))):
+        with pytest.raises(ValueError) as error: ask()
+        text = str(error.value)
+        assert dtype in text and "somewhere: make f follow the dtype of its params, give hvp a number for epsilon, or use scheme = exact" in text and "\n" not in text
+    assert float(norm(hvp(f, params, v, "central", 1e-1))) > 0
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_digits_that_no_gradient_passes_through_do_not_matter(kind):
+    f, params = network(WIDE[kind])
+    v = gradient(f, params)
+    exact = hvp(f, as_dtype(params, F64), as_dtype(v, F64), "exact")
+    for scheme, promise in (("forward", 1e-3), ("central", 1e-5)):
+        assert close(hvp(f, params, v, scheme), exact, promise)
+        assert close(FiniteDifferenceOperator(f, params, scheme) @ v, exact, promise)
+
+
+def test_parameters_of_others_may_be_narrow():
+    live = nn.Parameter(torch.randn(3, generator=generator(0, "live")))
+    f = lambda p: smooth({"w": p["w"], "b": live.to(p["w"].dtype)})
+    assert close(hvp(f, {"w": GOOD["w"]}, {"w": V["w"]}), hvp(f, {"w": GOOD["w"]}, {"w": V["w"]}, "exact"))
+
+
+@pytest.mark.parametrize("scheme", STEPS)
+def test_a_gradient_of_nothing_but_rounding_is_no_float32_inside(scheme):
     def linear(p): return 3 * p["w"].sum()
-    assert float(norm(hvp(linear, w, w, scheme))) == 0
+    assert float(norm(hvp(linear, GOOD, V, scheme))) == 0
     with seeded(0, "init"): model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.GELU(), nn.Linear(4, 3))
     f, params = loss_function(model, X, torch.tensor([0, 1, 2, 0, 1, 2])), params_of(model)     # the first bias has no influence
     v = gradient(f, params)
     assert close(hvp(f, params, v, scheme), hvp(f, params, v, "exact"), 1e-3)
+
+
+# The step that is made.
+
+
+def unequal(big):
+    return (lambda p: (p["a"] / big) ** 3 * p["b"] ** 3), {"a": torch.tensor(big, dtype=F64), "b": torch.ones((), dtype=F64)}
+
+
+@pytest.mark.parametrize("big", [1e2, 1e4, 1e6, 1e8, 1e12])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("scheme, epsilon, promise", [("forward", None, 1e-3), ("central", None, 1e-4), ("forward", 1e-4, 0.3), ("central", 1e-4, 0.3)])
+def test_parameters_of_unequal_size_give_the_product_or_an_error_that_names_them(big, dtype, scheme, epsilon, promise):
+    f, params = unequal(big)
+    params, refused = as_dtype(params, dtype), 0
+    for direction in ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}):
+        v = {k: torch.tensor(x, dtype=dtype) for k, x in direction.items()}
+        exact = hvp(f, as_dtype(params, F64), as_dtype(v, F64), "exact")
+        try:
+            product = hvp(f, params, v, scheme, epsilon)
+        except ValueError as error:
+            text, refused = str(error), refused + 1
+            assert direction["a"] and ("changes no parameter" in text or "for the size of a: rounding" in text and "larger epsilon, or rescale" in text) and "\n" not in text
+            with pytest.raises(ValueError, match="a: rounding|changes no parameter"): FiniteDifferenceOperator(f, params, scheme, epsilon) @ v
+        else:
+            assert close(product, exact, promise)
+    assert refused if big == 1e12 else not refused or big > 1e2 or dtype == torch.float32
+
+
+def test_the_quotient_is_divided_by_the_step_that_was_made():
+    t, f = torch.tensor(512.0), lambda t: t**2 / 2
+    for epsilon in (1e-3, 1.04e-3):  # 16.4 and 17.04 units in the last place
+        products = hvp(f, t, torch.ones(()), "forward", epsilon), FiniteDifferenceOperator(f, t, "forward", epsilon) @ torch.ones(1)
+        assert all(abs(float(x) - 1) < 1e-6 for x in products)
+
+
+def test_a_product_that_overflows_is_an_error():
+    f = lambda t: (t**2).sum() * 1e30
+    for scheme, epsilon in (("forward", None), ("central", None), ("forward", 1e-3), ("central", 1e-3), ("exact", None)):
+        with pytest.raises(ValueError, match="the Hessian-vector product is not finite in"): hvp(f, torch.ones(3), 1e30 * torch.ones(3), scheme, epsilon)
 
 
 # Operations without a second derivative.
@@ -356,7 +505,7 @@ def test_the_dropout_of_fused_attention_on_a_gpu_is_seen_in_the_graph(kind):
 
     point = {"q": q.detach()}
     with pytest.raises(ValueError, match="draws another mask in torch.float64: .* give hvp a number for epsilon"):
-        _following(f, point, F64)(as_dtype(point, F64))
+        Following(f, point, F64)(as_dtype(point, F64))
 
 
 # The same random numbers in every dtype.
@@ -396,7 +545,7 @@ DRAWS = {
 def test_random_numbers_in_float64_are_those_of_the_own_dtype(kind, own):
     draw, t = DRAWS[kind], torch.ones(40, 30)
     with seeded(0, "probe"): want, state = draw(t.to(own)), torch.get_rng_state()
-    with seeded(0, "probe"), DrawnAs(own, F64): found, after = draw(t.double()), torch.get_rng_state()
+    with seeded(0, "probe"), Widened(own, F64): found, after = draw(t.double()), torch.get_rng_state()
     assert found.dtype == F64 and torch.equal(state, after)
     assert torch.allclose(found, want.double(), rtol=torch.finfo(own).eps, atol=0)  # dropout divides by 1 − p
 
@@ -439,3 +588,48 @@ def test_random_numbers_that_cannot_be_told_from_the_inputs_are_an_error(kind):
         gradient(f, GOOD, F64)
     assert f"aten::{kind}" in str(error.value) and "give hvp a number for epsilon" in str(error.value) and "\n" not in str(error.value)
     assert gradient(f, GOOD).keys() == GOOD.keys()
+
+
+# Second derivatives that are missing or wrong.
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_a_sparse_gradient_is_one_clear_error(layer):
+    with seeded(0, "init"): model = nn.Sequential(layer(13, 4, sparse=True), nn.Linear(4, 5))
+    x = torch.arange(10)[:, None] if layer is nn.EmbeddingBag else torch.arange(10)
+    f, params = loss_function(model, x, DATA[1][:10]), params_of(model)
+    v = {k: torch.ones_like(t) for k, t in params.items()}
+    asked = [lambda: gradient(f, params), lambda: HessianOperator(f, params), lambda: FiniteDifferenceOperator(f, params), lambda: twice_differentiable(f, as_leaves(params))]
+    for act in asked + [lambda s=s: hvp(f, params, v, s) for s in SCHEMES]:
+        with pytest.raises(ValueError, match="sparse.*: build the embedding with sparse=False$"): act()
+
+
+def as_leaves(params):
+    return {k: t.clone().requires_grad_() for k, t in params.items()}
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_wrong_second_derivative_of_weight_norm_is_refused(dim):
+    def normed(p):
+        x = DATA[0].to(p["g"].dtype)
+        return (x @ torch._weight_norm(p["v"], p["g"], dim).T).tanh().square().mean()
+
+    def by_hand(p):
+        return (DATA[0].to(p["g"].dtype) @ (p["g"] * p["v"] / p["v"].norm(dim=1 - dim, keepdim=True)).T).tanh().square().mean()
+
+    rng = generator(0, "w")
+    params = {"v": torch.randn(3, 10, dtype=F64, generator=rng), "g": torch.ones((3, 1) if dim == 0 else (1, 10), dtype=F64)}
+    v = {k: torch.randn(t.shape, dtype=F64, generator=rng) for k, t in params.items()}
+    for act in (lambda: hvp(normed, params, v, "exact"), lambda: HessianOperator(normed, params), lambda: HessianOperator(normed, params, keep_graph=False, check=False) @ v):
+        with pytest.raises(NotTwiceDifferentiable, match="second derivative of weight_norm is wrong on the CPU; remove the parametrization"): act()
+    exact = hvp(by_hand, params, v, "exact")
+    assert close(hvp(normed, params, v), exact, 1e-3) and close(FiniteDifferenceOperator(normed, params, "central") @ v, exact, 1e-5)
+    rest = HessianOperator(lambda p: normed(params) * p["s"] ** 2, {"s": torch.ones((), dtype=F64)})  # it is a constant here
+    assert float(rest.to_dense()) == pytest.approx(2 * float(normed(params)))
+
+
+def test_checkpointed_attention_is_differentiated_twice():
+    f = lambda t: checkpoint(attention, t, use_reentrant=False)
+    exact = hvp(lambda t: attention(t, fused=False), T, W, "exact")
+    for product in (hvp(f, T, W, "exact"), HessianOperator(f, T) @ W, HessianOperator(f, T, keep_graph=False) @ W):
+        assert (product - exact).norm() < 1e-12 * exact.norm()

@@ -1,4 +1,5 @@
 "Operators against dense matrices in double precision, on every face they have, and what they refuse and leave alone."
+import copy
 import math
 import subprocess
 import sys
@@ -399,14 +400,77 @@ def test_what_differentiates_once_only():
     def fused(t):
         return F.scaled_dot_product_attention(t, t, t).square().sum()
 
-    with pytest.raises(ValueError, match="FiniteDifferenceOperator"):
-        HessianOperator(fused, q) @ q.flatten()
-
     def plain(t):
         return ((t @ t.mT / 8**0.5).softmax(-1) @ t).square().sum()
 
     exact = HessianOperator(plain, q.double()) @ q.flatten().double()
     assert near((FiniteDifferenceOperator(fused, q, "central", 1e-2) @ q.flatten()).double(), exact, 1e-2)
+    for keep in (True, False):
+        assert near(HessianOperator(fused, q.double(), keep) @ q.flatten().double(), exact)
+    f = lambda t: torch.cdist(t[0, 0], t[0, 0] + 1).sum()
+    with pytest.raises(ValueError, match="_cdist_backward.* use scheme = forward or central of hvp, or FiniteDifferenceOperator"):
+        HessianOperator(f, q)
+
+
+class Sine(torch.autograd.Function):
+    "A sine with a second derivative that is off by a factor, and not symmetric."
+    @staticmethod
+    def forward(ctx, t):
+        ctx.save_for_backward(t)
+        return t.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return Cosine.apply(ctx.saved_tensors[0], g)
+
+
+class Cosine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, g):
+        ctx.save_for_backward(t, g)
+        return t.cos() * g
+
+    @staticmethod
+    def backward(ctx, h):
+        t, g = ctx.saved_tensors
+        return -t.sin() * g * h, t.cos() * h / 2
+
+
+def two_layers(p, act=Sine.apply):
+    return (act((EVERY.y[:, None] - p["a"]).tanh() @ p["b"]) @ p["b"].T).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+def test_a_false_second_derivative_is_noticed_once(dtype):
+    params = {"a": random(1, 4, dtype=dtype), "b": random(4, 3, seed=1, dtype=dtype)}
+    with pytest.raises(ValueError, match="the second derivative of an operation in f is wrong: uᵀHv and vᵀHu differ by .* or use FiniteDifferenceOperator$"):
+        HessianOperator(two_layers, params)
+    state = torch.get_rng_state()
+    unchecked = HessianOperator(two_layers, params, check=False)
+    for op in (unchecked.restrict("b"), copy.deepcopy(unchecked), HessianOperator(lambda p: two_layers(p, torch.sin), params)):
+        assert (op @ torch.ones(op.shape[1], dtype=dtype)).isfinite().all()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_look_at_the_symmetry_is_two_products_and_none_later(monkeypatch):
+    count = []
+    monkeypatch.setattr(HessianOperator, "product", lambda self, v, product=HessianOperator.product: count.append(1) or product(self, v))
+    op = HessianOperator(lambda p: two_layers(p, torch.sin), {"a": random(1, 4), "b": random(4, 3)})
+    op.restrict("a"), copy.deepcopy(op)
+    assert len(count) == 2
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("loss", [1e-2, 1e-5, 1e-8, 1e-12, 1e-15])
+def test_rounding_after_memorising_is_no_false_second_derivative(dtype, loss):
+    "Logits that are right by a margin of −log(loss), as after long training."
+    right = F.one_hot(EVERY.y, 5).to(F64)
+    margin = -math.log(loss)
+    for seed in range(5):
+        params = {"a": torch.eye(5, dtype=F64) * margin + 0.1 * random(5, 5, seed=seed), "b": random(5, 5, seed=seed + 10) * 0.1}
+        f = lambda p: F.cross_entropy((right.to(p["a"].dtype) @ p["a"]) + (right.to(p["a"].dtype) @ p["b"]).tanh() @ p["a"], EVERY.y)
+        op = HessianOperator(f, {k: t.to(dtype) for k, t in params.items()})
+        assert op.shape == (50, 50)
 
 
 def test_data_changed_in_place():

@@ -30,7 +30,7 @@ def planted(eigenvalues, seed=0, dtype=F64):
 def holds(e: Estimate, truth, scale=1.0):
     "Is the truth in the interval, but for rounding in sums of numbers of this size?"
     slack = 1e-7 * float(scale) + 1e-12
-    return all(e.low - slack <= x <= e.high + slack for x in (float(truth), e.estimate)) and e.standard_error >= 0
+    return all(e.low - slack <= x <= e.high + slack for x in (float(truth), e.estimate)) and not e.standard_error < 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -114,6 +114,41 @@ def test_one_distinct_eigenvalue_leaves_nothing_to_chance(n):
             assert float(d.negative_mass()) == (value < 0)
             assert math.isclose(float(trace(A)), n * value, rel_tol=1e-6) and trace(A).standard_error < 1e-6 * n
             assert math.isclose(float(log_det(A, 1.0)), n * math.log1p(value), rel_tol=1e-5, abs_tol=1e-7 * n)
+
+
+def test_equal_samples_are_no_certainty_while_they_are_few():
+    swap = torch.zeros(50, 50, dtype=F64)
+    swap[0, 1] = swap[1, 0] = 1.0  # samples are 2 or −2
+    for probes in (2, 3, 6):
+        for found in ([trace(swap, probes, seed=s) for s in range(40)], [trace(swap.float(), probes, seed=s) for s in range(40)]):
+            assert any(abs(float(e)) == 2 for e in found) and all(e.standard_error > 0 and e.low < 0 < e.high for e in found)
+    assert trace(torch.eye(50), 2).standard_error == pytest.approx(50**0.5) and trace(torch.eye(50), 12).standard_error == 0
+    assert trace(torch.eye(50), 12, confidence=0.99).standard_error > 0
+    found, error = diagonal_estimate(swap, 2)
+    assert ((found != 0) <= (error > 0)).all() and (found.abs() <= 2 * error + 1e-12).all()
+    assert not diagonal_estimate(torch.eye(50), 6)[1].any() and diagonal_estimate(torch.eye(50), 5)[1].all()
+
+
+def test_the_norm_from_few_probes_is_held_as_often_as_it_says():
+    eigenvalues = torch.cat([torch.ones(3, dtype=F64), torch.zeros(97, dtype=F64)])
+    for probes in (2, 3, 5):
+        held = sum(e.low <= 3**0.5 <= e.high for e in (frobenius(eigenvalues.diag(), probes, seed) for seed in range(400)))
+        assert held >= 0.9 * 400, probes
+
+
+def test_a_negative_mass_that_no_node_saw_is_not_known_to_be_none():
+    eigenvalues = torch.cat([torch.full((10,), -1e-4, dtype=F64), torch.linspace(0.1, 1, 90, dtype=F64)])
+    truth, op = 1e-3 / float(eigenvalues.abs().sum()), MatrixOperator(eigenvalues.diag())
+    for seed in range(20):
+        d = spectral_density(op, probes=1, steps=3, seed=seed)
+        up, down = d.negative_mass(), spectral_density(-eigenvalues.diag(), 1, 3, seed).negative_mass()
+        assert (float(up), float(down)) == (0, 1) and math.isnan(up.standard_error) and "± unknown" in repr(up)
+        assert up.low == 0 < truth < up.high < 1 and down.high == 1 > 1 - truth > down.low > 0
+        none, past = d.mass(5, 6), d.mass(-9, 9)
+        assert (float(none), float(past)) == (0, 1) and math.isnan(none.standard_error) and math.isnan(past.standard_error)
+        assert 0 == none.low < none.high < 1 and 0 < past.low < past.high == 1
+    for exhausted in (spectral_density(torch.eye(9), 1, 3), spectral_density(eigenvalues[10:20].diag(), 1, 10)):
+        assert exhausted.negative_mass().high == 0 and exhausted.negative_mass().standard_error == 0
 
 
 def test_the_same_in_float32():
