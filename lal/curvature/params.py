@@ -54,15 +54,16 @@ def dot(a: Params, b: Params) -> Tensor:
 
 # %% ../../nbs/curvature/01_params.ipynb #bf2c29d7
 def norm(a: Params) -> Tensor:
-    "‖a‖ as a device scalar, without overflow or underflow of the squares."
+    "‖a‖ as a device scalar, its squares summed in double precision (not on MPS) without overflow or underflow."
     check_alike(a, a)
     parts = [t for t in a.values() if t.numel()]
     if not parts:
         return torch.stack([t.sum() for t in a.values()]).sum()
     largest = torch.stack([t.detach().abs().amax() for t in parts]).amax()
     scale = torch.where((largest > 0) & largest.isfinite(), largest, 1)
-    lengths = [torch.linalg.vector_norm(t / scale) for t in parts]
-    return scale * torch.linalg.vector_norm(torch.stack(lengths))
+    wide = torch.float64 if largest.device.type != "mps" else None
+    lengths = [torch.linalg.vector_norm(t / scale, dtype=wide) for t in parts]
+    return (scale * torch.linalg.vector_norm(torch.stack(lengths))).to(largest.dtype)
 
 # %% ../../nbs/curvature/01_params.ipynb #f7d2fff5
 def cosine(a: Params, b: Params) -> Tensor:
