@@ -313,4 +313,7 @@ def why_not(search: Search, found: Eigenpairs) -> str:
         return f"{said}: the products are symmetric to {noise:.0e} of max|λ| only, so raise tol above that, or use exact products or float64 parameters"
     if found.products + search.k < search.max_products:
         return f"{said}: the products are not accurate or not symmetric enough for that, so raise tol, or use exact products or float64 parameters"
+    share = float(found.eigenvalues.abs().max() / search.scale) if len(found.residuals) else 1
+    if share < 0.05:
+        return f"{said}: the wanted values are at most {share:.0e} of max|λ|, and neighbours that close together take many products to tell apart: raise max_products (now {search.max_products}), tol or subspace"
     return f"{said}: raise max_products (now {search.max_products}), tol or subspace; the exception's result has what was found"
