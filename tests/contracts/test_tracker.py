@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from test_spectra import planted
+from test_spectra import Peak, planted
 
 from lal.core.device import generator, seeded
 from lal.curvature.chain import height
@@ -212,6 +212,24 @@ def test_randomness_untouched():
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
 
 
+@pytest.mark.parametrize("k", [1, 5, 12])
+@pytest.mark.parametrize("which", ["LA", "both"])
+def test_memory(k, which):
+    "m + 3k vectors between updates (twice 3k for both ends, and the next ones) and 4m more during one, new ones included."
+    n, ends, m = 40_000, 2 if which == "both" else 1, max(40, 4 * k)
+    tracker, values = EigenTracker(k, which, look_every=3), torch.zeros(n)
+    values[:200] = 0.9 ** torch.arange(200)
+    values[200:400] = -0.9 ** (0.5 + torch.arange(200))
+    held = 4 * n * (m + ends * (3 * k + 1))
+    for t in range(4):
+        D = values * (1 + 0.05 * t * torch.rand(n, generator=generator(0, "data")))
+        with Peak() as peak:
+            tracker.update(FunctionOperator(lambda v: D * v, n))
+        tensors = [tracker.block, *tracker.past, tracker.memory.U]
+        assert sum(x.numel() for x in tensors) * 4 <= held
+        assert peak.most <= held + 4 * n * 4 * m + 2**18
+
+
 SMALL = {
     "one": [-4.0],
     "two": [2.0, -1.0],
@@ -315,6 +333,63 @@ def test_an_operator_that_loses_its_symmetry(which, k, n):
     with pytest.raises(NotConverged):
         tracker.update(FunctionOperator(lambda v: (A + noise) @ v, n, F64))
     assert tracker.update(A).converged
+
+
+@pytest.mark.parametrize("which, k, n", [("both", 1, 2), ("both", 3, 6), ("both", 20, 40)])
+def test_all_values_of_an_operator_that_loses_its_symmetry(which, k, n):
+    test_an_operator_that_loses_its_symmetry(which, k, n)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("name", ["zero", "identity", "sixfold"])
+def test_both_ends_are_orthonormal(name, k):
+    "Also where the ends meet in one eigenvalue; each update."
+    values = SMALL[name]
+    k = min(k, len(values) // 2)
+    tracker = EigenTracker(k, "both", 1e-9, look_every=2)
+    for seed in (0, 0, 0, 1):
+        op = matrix(values, basis(len(values), seed))
+        found = tracker.update(op)
+        assert_right(found, op.matrix, k, "both", 1e-9)
+        X = found.eigenvectors
+        assert (X.T @ X - torch.eye(2 * k, dtype=F64)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda w: w * math.nan, "not finite"),
+        (lambda w: w * math.inf, "not finite"),
+        (lambda w: w.long(), "no vector like it"),
+        (lambda w: w.float(), "no vector like it"),
+    ],
+    ids=["nan", "inf", "long", "float"],
+)
+def test_products_of_the_wrong_kind(spoil, says, late):
+    "In a warm update, from its first product on or later, as in a solve."
+    A, calls = drifting(1).matrix, []
+    tracker = EigenTracker(2)
+    tracker.update(drifting(0))
+    with pytest.raises(ValueError, match=says):
+        tracker.update(FunctionOperator(lambda v: (calls.append(1), spoil(A @ v) if len(calls) > late else A @ v)[1], 60, F64))
+    assert_right(tracker.update(A), A, 2, "LA", tracker.tol)
+
+
+def test_products_that_require_gradients():
+    "Nothing of them stays in a result or in the state."
+    w, tracker = torch.ones((), dtype=F64, requires_grad=True), EigenTracker(2)
+    for t in range(3):
+        A = drifting(t).matrix
+        found = tracker.update(FunctionOperator(lambda v: w * (A @ v), 60, F64))
+        kept = [found.eigenvalues, found.eigenvectors, found.residuals, tracker.block, tracker.memory.U, tracker.memory.values]
+        assert not any(x.requires_grad for x in kept)
+
+
+@pytest.mark.parametrize("made, says", [(dict(k=None), "k = None"), (dict(k="3"), "k = '3'"), (dict(seed="a"), "seed = 'a'"), (dict(look_every=True), "look_every = True")], ids=str)
+def test_refused_by_type(made, says):
+    with pytest.raises(ValueError, match=says):
+        EigenTracker(**made).update(torch.eye(4))
 
 
 @pytest.mark.parametrize(
