@@ -6,9 +6,10 @@ Trains the network of `validate_transformer` and builds its Hessian every few ep
 take turns at being the first. Building the operator is not counted, since both need it.
 A log point of the tracker is smooth, or a look for missed values, or a new solve, where what the start had cost is counted too. The first log point, a solve for both, is left out.
 Both are measured with the same ruler: ‖Hx − λx‖ / max|λ| by further products, the worst of all log points.
+Interrupted (Ctrl-C), it prints what it has by then.
 """
 
-import argparse, statistics, time
+import argparse, contextlib, statistics, time
 import torch
 from curvature import timed  # the script beside this one
 from lal.core.config import load_config
@@ -95,11 +96,12 @@ def main():
     device = resolve_device(arguments.device)
     trackers = {k: EigenTracker(k, arguments.which, arguments.tol) for k in arguments.k}
     rows, losses, began = {k: [] for k in trackers}, [], time.perf_counter()
-    for turn, (epoch, loss, H) in enumerate(along(arguments.every, arguments.epochs, device)):
-        losses.append(f"{loss:.2g}")
-        for k, tracker in trackers.items():
-            row = compare(tracker, H, turn, device)
-            if turn: rows[k].append(row)
+    with contextlib.suppress(KeyboardInterrupt):
+        for turn, (epoch, loss, H) in enumerate(along(arguments.every, arguments.epochs, device)):
+            losses.append(f"{loss:.2g}")
+            for k, tracker in trackers.items():
+                row = compare(tracker, H, turn, device)
+                if turn: rows[k].append(row)
     print(f"{CONFIG}, n = {H.shape[0]:,}, epochs 0 to {epoch} every {arguments.every}, tol = {arguments.tol:.0e}; loss at ten of them: {', '.join(losses[:: max(1, len(losses) // 10)])}")
     for k in trackers: report(k, arguments.which, rows[k])
     print(f"\nran on {device_name(device)}, torch {torch.__version__}, float32, {time.perf_counter() - began:.0f} s")
