@@ -355,6 +355,18 @@ def test_both_ends_are_orthonormal(name, k):
         assert (X.T @ X - torch.eye(2 * k, dtype=F64)).abs().max() <= 1e-12
 
 
+def test_a_look_at_the_edge_of_a_crowd():
+    "With a look at each update nothing is missed, where the smallest values are a thousandth of the largest and close together."
+    for seed in (2, 19):
+        rng = generator(seed, "data")
+        v0, v1 = ((2 * torch.randn(90, dtype=F64, generator=rng)).exp() for _ in range(2))
+        tracker = EigenTracker(4, "both", 1e-5, look_every=1, seed=seed)
+        for t in range(3):
+            A = matrix(v0 + 0.05 * t * v1, basis(90, seed, 0.05 * t)).matrix
+            found, values = tracker.update(A), torch.linalg.eigvalsh(A)
+            assert (found.eigenvalues - most_wanted(values, 4, "both")).abs().max() <= 2e-5 * values[-1]
+
+
 @pytest.mark.parametrize("late", [0, 1, 2])
 @pytest.mark.parametrize(
     "spoil, says",
