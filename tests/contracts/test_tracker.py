@@ -215,7 +215,7 @@ def test_randomness_untouched():
 @pytest.mark.parametrize("k", [1, 5, 12])
 @pytest.mark.parametrize("which", ["LA", "both"])
 def test_memory(k, which):
-    "m + 3k vectors between updates (twice 3k for both ends, and the next ones) and 4m more during one, new ones included."
+    "m + 3k + 1 vectors between updates, and 6m + 10k new ones during one; 2k for k at both ends."
     n, ends, m = 40_000, 2 if which == "both" else 1, max(40, 4 * k)
     tracker, values = EigenTracker(k, which, look_every=3), torch.zeros(n)
     values[:200] = 0.9 ** torch.arange(200)
@@ -227,7 +227,7 @@ def test_memory(k, which):
             tracker.update(FunctionOperator(lambda v: D * v, n))
         tensors = [tracker.block, *tracker.past, tracker.memory.U]
         assert sum(x.numel() for x in tensors) * 4 <= held
-        assert peak.most <= held + 4 * n * 4 * m + 2**18
+        assert peak.most <= 4 * n * (6 * m + 10 * k * ends) + 2**18
 
 
 SMALL = {
@@ -438,7 +438,7 @@ def test_refused_later():
     for op in (torch.eye(3, dtype=F64), drifting(0).matrix.float()):
         with pytest.raises(ValueError, match="begin a new EigenTracker"):
             tracker.update(op)
-    with pytest.raises(ValueError, match=r"the state is of EigenTracker\(k=2, which='LA'"):
+    with pytest.raises(ValueError, match="the state is of a tracker made with"):
         EigenTracker(3).load_state_dict(tracker.state_dict())
     ours, theirs = (each.update(drifting(1)) for each in (tracker, other))
     assert torch.equal(ours.eigenvectors, theirs.eigenvectors)
