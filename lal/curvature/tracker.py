@@ -7,7 +7,6 @@ __all__ = ['ASKED', 'TOLD', 'wanted', 'Subspace', 'Memory', 'sum_of', 'extrapola
            'check_whole', 'EigenTracker', 'solve_anew', 'settle', 'follow', 'check_followed']
 
 # %% ../../nbs/curvature/10_tracker.ipynb #bbc09e5b
-import math
 from numbers import Integral
 import torch
 from torch import Tensor
