@@ -1,16 +1,23 @@
 "Eigenvalues against the dense answer in double precision: planted spectra, repeated, clustered, indefinite, rank-deficient, from either end."
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from lal.core.device import generator
+from lal.core.device import generator, seeded
 from lal.curvature.chain import WHICH, Chain, height
+from lal.curvature.hessian_operator import HessianOperator
 from lal.curvature.lanczos import NotConverged, eigsh, steps_to_see
 from lal.curvature.operators import FunctionOperator, MatrixOperator, Operator
+from lal.curvature.params import loss_function, params_of
+from lal.modular.models import GrokTransformer
+from lal.modular.task import Task, encode, examples
 
 F64 = torch.float64
 CHECKED = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -243,6 +250,80 @@ def test_noise_is_named():
     assert eigsh(Crooked(1e-8), 3, tol=1e-4).converged
     with pytest.raises(NotConverged, match="symmetric to"):
         eigsh(Crooked(1e-4), 3, tol=1e-6)
+
+
+def perceptron(width):
+    return nn.Sequential(nn.Linear(10, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 5))
+
+
+def hessians(model, x, y, steps):
+    "Of a float32 network after full-batch Adam at 1e-2: the operator, and the eigenvalues in double precision, ascending."
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    f = loss_function(model, x, y)
+    H, wide = (HessianOperator(f, params_of(model, dtype), vectorize=True) for dtype in (torch.float32, F64))
+    return H, torch.linalg.eigvalsh(wide @ torch.eye(H.shape[0], dtype=F64))
+
+
+def test_the_smallest_of_a_trained_network():
+    "They are a thousandth of the largest, in a crowd: -6.555e-4, -5.479e-4, -5.246e-4, -4.979e-4, -4.759e-4 on one processor."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x, y = perceptron(20), torch.randn(200, 10), torch.randint(5, (200,))
+    H, values = hessians(model, x, y, 300)
+    found = eigsh(H, 5, "SA", max_products=3000)
+    assert found.converged and (found.eigenvalues - values[:5]).abs().max() <= 1e-4 * values.abs().max()
+
+
+class Encoder(nn.Module):
+    "One layer of PyTorch's own on sequences of four tokens."
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.output = nn.Embedding(6, 4), nn.Linear(4, 6)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.output(self.layer(self.embed(x)).mean(1))
+
+
+def trained(kind, seed):
+    task, rng = Task(5), generator(seed, "data")
+    with seeded(seed, "init"):
+        model = {"perceptron": lambda: perceptron(8), "encoder": Encoder, "transformer": lambda: GrokTransformer(task, 4, 1, 2)}[kind]()
+    if kind == "transformer":
+        return hessians(model, encode(examples(task), model.encoding), examples(task).y, 100)
+    x, classes = (torch.randn(100, 10, generator=rng), 5) if kind == "perceptron" else (torch.randint(6, (100, 4), generator=rng), 6)
+    return hessians(model, x, torch.randint(classes, (100,), generator=rng), 200)
+
+
+KINDS = [("perceptron", seed) for seed in range(12)] + [(kind, seed) for kind in ("encoder", "transformer") for seed in range(4)]
+
+
+@pytest.mark.parametrize("kind, seed", KINDS)
+def test_both_ends_of_trained_networks(kind, seed):
+    "In float32, within the tolerance, or not converged for a reason that is true; with few products too."
+    H, values = trained(kind, seed)
+    scale = float(values.abs().max())
+    for which, expected in (("SA", values[:5]), ("LA", values.flip(0)[:5])):
+        for limit in (1000, 60):
+            try:
+                found = eigsh(H, 5, which, max_products=limit)
+            except NotConverged as error:
+                assert is_true(str(error), H, scale, error.result.products >= limit - 5)
+            else:
+                assert (found.eigenvalues - expected).abs().max() <= 1e-4 * scale
+
+
+def is_true(said, H, scale, spent):
+    "The products were spent, or are as asymmetric as the message says, to a factor of ten."
+    if "raise max_products" in said:
+        return spent
+    told, dense = re.search(r"symmetric to (\S+) of", said), H @ torch.eye(H.shape[0])
+    return told is not None and float(told[1]) <= 10 * float((dense - dense.T).norm()) / scale
 
 
 def test_a_chain_is_what_it_says():
