@@ -251,7 +251,7 @@ class EigenTracker:
         self.k, self.which, self.tol, self.seed = k, which, tol, seed
         self.look_every, self.max_products = look_every, max_products
         self.ends = ("LA", "SA") if which == "both" else (which,)
-        self.scale = 0.0  # max|λ|, as the last solve saw it
+        self.scale = 0.0  # for SA: max|λ|, as the last solve saw it
         self.updates = self.solved = self.order = 0  # `solved`: products of a solve
         self.block: Tensor | None = None  # rows: the wanted eigenvectors, and the next
         self.past: list[Tensor] = []
@@ -313,7 +313,7 @@ def solve_anew(tracker: EigenTracker, op: Operator) -> Eigenpairs:
     searches = [tracker.search(op, end) for end in tracker.ends]
     parts = [solve(search) for search in searches]
     found = parts[0]._replace(products=sum(p.products for p in parts))
-    tracker.scale = max(search.scale for search in searches)
+    tracker.scale = searches[0].scale if tracker.which == "SA" else 0.0
     tracker.solved, tracker.past, tracker.order = found.products, [], 0
     first = searches[0].found
     room = min(len(first), tracker.rank)

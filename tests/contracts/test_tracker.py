@@ -137,6 +137,17 @@ def test_a_hidden_jump(which, look_every):
         assert all(right[:late]) and all(right[late + look_every - 1 :])
 
 
+@pytest.mark.parametrize("which", ["LA", "LM", "both"])
+def test_the_tolerance_follows_a_spectrum_that_shrinks(which):
+    "It is a share of max|λ| now, not of what it was at the last solve."
+    tracker = EigenTracker(2, which, 1e-4)
+    for t in range(8):
+        A = 0.5**t * drifting(t).matrix
+        found = tracker.update(A)
+        wrong = torch.linalg.vector_norm(A @ found.eigenvectors - found.eigenvectors * found.eigenvalues, dim=0)
+        assert found.converged and wrong.max() <= 1.01e-4 * torch.linalg.eigvalsh(A).abs().max()
+
+
 @pytest.mark.parametrize("which", ENDS)
 def test_half_of_the_products(which):
     "On a matrix that rotates smoothly, with decaying values at both ends: at most half of what new solves take, looks included."
