@@ -46,7 +46,7 @@ def grown(tmp_path_factory) -> Path:
     imports = "#| export\nfrom lal.hooks.hook import Hook, Metric"
     page = new_nb([mk_cell("# A probe\n\n> It is one", "markdown"), mk_cell("#| default_exp hooks.probe"), mk_cell(imports), mk_cell(PROBE), drawn])
     write_nb(page, copy / "nbs/hooks/90_probe.ipynb")
-    text, last = (copy / "_quarto.yml").read_text(), "          - hooks/15_hessian.ipynb\n"
+    text, last = (copy / "_quarto.yml").read_text(), "          - hooks/25_path_length.ipynb\n"
     (copy / "_quarto.yml").write_text(text.replace(last, f"{last}          - hooks/90_probe.ipynb\n"))
     done = python("from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()", copy)
     assert done.returncode == 0 and (copy / "lal/hooks/probe.py").is_file(), done.stderr
