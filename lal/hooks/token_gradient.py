@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['token_embedding', 'stride_groups', 'TokenGradient']
 
-# %% ../../nbs/hooks/20_token_gradient.ipynb #ddb52655
+# %% ../../nbs/hooks/20_token_gradient.ipynb #53ea03ad
 from math import isqrt
 from typing import Annotated
 import torch
@@ -17,7 +17,7 @@ from ..core.statistics import count_for_share, gini
 from .hook import Hook, Metric, Needs
 from .view import HookState
 
-# %% ../../nbs/hooks/20_token_gradient.ipynb #beb6ca2a
+# %% ../../nbs/hooks/20_token_gradient.ipynb #42adafcd
 def token_embedding(model: nn.Module) -> nn.Parameter:
     "The model's table of tokens, `[V, d]`. Raises `ConfigError` when it names none."
     given = getattr(model, "token_embedding", None)
@@ -29,7 +29,7 @@ def token_embedding(model: nn.Module) -> nn.Parameter:
         raise ConfigError(reason)
     return table
 
-# %% ../../nbs/hooks/20_token_gradient.ipynb #8d31b1b1
+# %% ../../nbs/hooks/20_token_gradient.ipynb #a38009a6
 def stride_groups(
     energy: Tensor,  # `[V]`
     stride: int,  # s, at most V
@@ -40,7 +40,7 @@ def stride_groups(
     counts = [len(range(k, V, stride)) for k in range(stride)]
     return sums / sums.new_tensor(counts)
 
-# %% ../../nbs/hooks/20_token_gradient.ipynb #2403abd5
+# %% ../../nbs/hooks/20_token_gradient.ipynb #c6c4248b
 class TokenGradient(Hook):
     "How evenly is the gradient spread over the tokens?"
 
