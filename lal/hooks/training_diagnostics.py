@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['noise_scale', 'TrainingDiagnostics', 'burst_metrics']
 
-# %% ../../nbs/hooks/22_training_diagnostics.ipynb #5790eb44
+# %% ../../nbs/hooks/22_training_diagnostics.ipynb #fc40c79e
 import math
 from typing import Annotated
 import torch
@@ -18,7 +18,7 @@ from .hook import Hook, Metric, Needs
 from .view import HookState
 from .window import check_size, gram, slide
 
-# %% ../../nbs/hooks/22_training_diagnostics.ipynb #3ba2f45b
+# %% ../../nbs/hooks/22_training_diagnostics.ipynb #073be2dd
 def noise_scale(
     products: Tensor,  # the Gram matrix `[k, k]`, k ≥ 3
 ) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def _ratio(total: Tensor, squares: Tensor, k: int) -> Tensor:
     signal = (total - squares) / (k * (k - 1))
     return torch.where(signal > 0, variance / signal, torch.nan)
 
-# %% ../../nbs/hooks/22_training_diagnostics.ipynb #99cd283c
+# %% ../../nbs/hooks/22_training_diagnostics.ipynb #c2465c41
 class TrainingDiagnostics(Hook):
     "How noisy is training: in its loss, in its gradients and in its steps?"
 
@@ -94,7 +94,7 @@ class TrainingDiagnostics(Hook):
         "A burst is over."
         self.window, self.losses, self.ratios, self.weights = None, [], [], None
 
-# %% ../../nbs/hooks/22_training_diagnostics.ipynb #e533c2df
+# %% ../../nbs/hooks/22_training_diagnostics.ipynb #9de06c2b
 def burst_metrics(
     window: dict,  # of W gradients
     losses: list[Tensor],  # W scalars
