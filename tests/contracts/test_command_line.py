@@ -70,7 +70,7 @@ def test_a_wrong_configuration_is_one_line_exit_2_and_no_run_folder(case, tmp_pa
     (("train", "quickstart", "--hooks", "full", "--reference", "nowhere"), "reference = nowhere"), (("train", "quickstart", "--hooks", "full", "--reference", "a", "--set", "reference=b"), "give one"),
     (("train", "quickstart", "--hooks", "none", "--reference", "a"), "no hook that compares is on"), (("train", "quickstart", "--hooks", "norms", "--reference", "a"), "or one of"),
     (("train", "quickstart", "--hooks", "norms", "--set", "steps=50", "--set", "warmup_epochs=0"), "counts steps"),
-    (("hooks", "describe", "hesian"), "did you mean 'hessian'?"), (("hooks", "describe", "full"), "is a set"),
+    (("hooks", "describe", "hesian"), "did you mean 'hessian'?"), (("hooks", "describe", "norms", "--import", "no/such.py"), "imports = no/such.py"), (("hooks", "describe", "full"), "is a set"),
     (("configs", "--keys", "--experiment", "modula"), "did you mean 'modular'?"), (("configs", "--schema", "--experiment", "modula"), "did you mean 'modular'?"), (("report", "nothing"), "nothing"),
 ])
 def test_wrong_usage_is_one_line_and_exit_2(words, named, tmp_path):
@@ -314,6 +314,23 @@ def test_a_reference_is_given_by_name_path_or_checkpoint(tmp_path):
     lal("train", "quickstart", *short, "--name", "to_0", "--extra-epochs", "5", "--reference", "7", cwd=tmp_path)
     refused = lal("train", "quickstart", *short, "--name", "to_0", "--resume", "--reference", "runs/7", cwd=tmp_path, expect=2)
     assert "goes on as it began" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_a_hook_in_a_file_of_ones_own_is_described_and_trained_with(tmp_path):
+    (tmp_path / "own.py").write_text(textwrap.dedent("""
+        from lal.hooks.hook import Hook, Metric
+        from lal.hooks.registry import register
+
+        @register
+        class CountsAlong(Hook):
+            "How many epochs have passed?"
+            metrics = (Metric("n", "n", (0, None), "epochs so far"),)
+            def post_epoch(self, state): return {"n": float(state.epoch)}
+    """))
+    assert "counts_along: How many epochs have passed?" in lal_alone("hooks", "describe", "counts_along", "--import", "own.py", cwd=tmp_path).stdout
+    assert "How many epochs" in lal_alone("hooks", "--import", "own.py", cwd=tmp_path).stdout
+    lal_alone("train", "quickstart", *SMALL, "--set", "epochs=12", "--set", "imports=[own.py]", "--hooks", "counts_along", "--name", "own", cwd=tmp_path)
+    assert pd.read_parquet(tmp_path / "runs/own/hooks/counts_along.parquet").n.tolist() == [*range(1, 13)]
 
 
 def test_a_hook_that_raises_is_one_line_and_exit_1_or_counted(tmp_path, monkeypatch):
