@@ -21,12 +21,12 @@ class Consecutive(Hook):
         Metric("angle_degrees", r"\arccos(\cos(\bar g_t, \bar g_{t-1}))\,180/\pi", (0, 180), "the same as an angle"),
     )  # fmt: skip
     previous: Params | None = None
-    epoch: int | None = None
+    at: int | None = None  # epoch, or step
 
     def post_epoch(self, state: HookState) -> dict | None:
-        last, then = self.previous, self.epoch
-        self.previous, self.epoch = state.epoch_grad, state.epoch
-        if then != state.epoch - 1:
+        last, then = self.previous, self.at
+        self.previous, self.at = state.epoch_grad, state.count
+        if then != state.count - 1:
             return None
         c = cosine(last, self.previous)
         return {"cos_sim": c, "angle_degrees": c.clamp(-1, 1).acos().rad2deg()}

@@ -230,7 +230,7 @@ class Hessian(Hook):
         if self.last_at == state.step - 1:
             vectors["last"] = self.last
         if state.reference is not None:
-            vectors["towards"] = minus(state.reference, theta)
+            vectors["towards"] = state.to_solution(theta)
         checked = self.check_every and self.rows % self.check_every == 0
         if checked and (better := self.better(f, theta, g_a)) is not None:
             vectors["exact"], vectors["fd_error"] = better, minus(bent, better)

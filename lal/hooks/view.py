@@ -18,7 +18,7 @@ from ..core.files import load_checkpoint
 from ..core.run import RunFolder, newest_checkpoint
 from ..core.state import POST_EPOCH, SNAPSHOT, TrainState
 from ..curvature.hvp import gradient, no_randomness
-from ..curvature.params import Params, batch_loss, check_alike
+from ..curvature.params import Params, axpy, batch_loss, check_alike
 from .hook import Hook, Needs, Schedule, events_of
 
 # %% ../../nbs/hooks/02_view.ipynb #158286f8
@@ -61,6 +61,7 @@ class HookState:
     epoch_grad: Params | None = None  # with `Needs.EPOCH_GRAD`
     reference: Params | None = None  # with `Needs.REFERENCE`
     stepped = True  # whether the step at hand has been made
+    unit = "epoch"  # what the run counts, or "step"
 
     def __init__(self, state: TrainState, seed: int = 0):
         vars(self).update(train_state=state, seed=seed)
@@ -82,6 +83,11 @@ class HookState:
     def show(self, **values) -> None:
         "What the runner shows to hooks from now on."
         vars(self).update(values)
+
+    @property
+    def count(self) -> int:
+        "Epochs so far, or steps in a run that counts these."
+        return getattr(self.train_state, self.unit)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         "The live parameters that train, by name."
@@ -108,6 +114,12 @@ class HookState:
         if factor is None:
             return {name: g.clone() for name, g in self.grads().items()}
         return {name: g / factor for name, g in self.grads().items()}
+
+    def to_solution(self, params: Params | None = None) -> Params | None:
+        "θ_ref − θ, at these parameters or the present ones; `None` without a reference."
+        if self.reference is None:
+            return None
+        return axpy(-1.0, params or self.params(), self.reference)
 
     def loss_fn(self, batch) -> Callable[[Params], Tensor]:
         "The loss on a batch, or on data of that form, as a function of the parameters that train."
@@ -186,7 +198,7 @@ class GradientBuffer:
 
     def __init__(self, hooks: list[Hook], schedule: Schedule, offload: bool = False):
         self.schedule, self.offload = schedule, offload
-        self.of_epoch = [h for h in hooks if h.needs & Needs.EPOCH_GRAD]
+        self.of_epoch = [(h, POST_EPOCH in events_of(h), SNAPSHOT in events_of(h)) for h in hooks if h.needs & Needs.EPOCH_GRAD]  # fmt: skip
         self.of_step = [h for h in hooks if h.needs & Needs.PREVIOUS_GRAD]
         self.wanted = False  # whether this epoch's mean is, all its steps being seen
         self.sum: Params | None = None
@@ -198,13 +210,21 @@ class GradientBuffer:
     def begin_epoch(self, view: HookState) -> None:
         "Begin a new sum, if a hook needs the mean after this epoch."
         view.show(epoch_grad=None)
-        epoch, due = view.epoch, self.schedule
         self.sum, self.steps, self.live = None, 0, []
-        self.wanted = any(
-            (POST_EPOCH in events_of(h) and due.due_epoch(h, epoch))
-            or (SNAPSHOT in events_of(h) and due.due_snapshot(h, epoch, epoch))
-            for h in self.of_epoch
+        self.wanted = self.due_after(view)
+
+    def due_after(self, view: HookState) -> bool:
+        "Whether a hook that needs the mean fires at the end of this epoch, or step."
+        n, epoch, due = view.count, view.epoch, self.schedule
+        return any(
+            (ends and due.due_epoch(h, n, epoch))
+            or (snaps and due.due_snapshot(h, n, epoch))
+            for h, ends, snaps in self.of_epoch
         )
+
+    def end_step(self, view: HookState) -> None:
+        "In a run that counts steps: show this step's gradient, if a hook needs it."
+        view.show(epoch_grad=view.unclipped() if self.due_after(view) else None)
 
     def before_step(self, view: HookState) -> None:
         "Show the gradient of the step before, if it was kept."

@@ -25,7 +25,7 @@ from ..core.state import POST_EPOCH, POST_STEP, PRE_EPOCH, PRE_STEP, SNAPSHOT, T
 from ..curvature.params import Params
 from .hook import Needs, Schedule, never_fires
 from .loop import History, LoopError, StepCheck, WatchedLoop  # fmt: skip
-from .loop import check_options, check_watchable, first_gradient, hooks_named, run_config, uncompiled, warn_of_silent  # fmt: skip
+from .loop import check_options, check_watchable, first_gradient, hooks_for, run_config, uncompiled, warn_of_silent  # fmt: skip
 from .runner import Hooks
 from .sinks import create_sinks
 from .view import Batch, moved
@@ -386,7 +386,7 @@ def watch(
     check_options(loss_fn, name, log_every=log_every, snapshot_every=snapshot_every)
 
     def make_hooks(unit: str) -> Hooks:
-        made, places = hooks_named(hooks, unit, snapshot_every), create_sinks(sinks)
+        made, places = hooks_for(hooks, unit, snapshot_every), create_sinks(sinks)
         return Hooks(made, on_error, places, reference, profile, offload, verify)
 
     make_hooks("epoch")  # what is wrong with them comes out now
