@@ -1367,7 +1367,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lal.hooks.loop.warn_of_silent': ('hooks/loop.html#warn_of_silent', 'lal/hooks/loop.py')},
             'lal.hooks.norms': { 'lal.hooks.norms.Norms': ('hooks/norms.html#norms', 'lal/hooks/norms.py'),
                                  'lal.hooks.norms.Norms.post_epoch': ('hooks/norms.html#norms.post_epoch', 'lal/hooks/norms.py'),
-                                 'lal.hooks.norms.by_layer': ('hooks/norms.html#by_layer', 'lal/hooks/norms.py'),
+                                 'lal.hooks.norms.double': ('hooks/norms.html#double', 'lal/hooks/norms.py'),
                                  'lal.hooks.norms.lengths': ('hooks/norms.html#lengths', 'lal/hooks/norms.py')},
             'lal.hooks.registry': { 'lal.hooks.registry._definition': ('hooks/registry.html#_definition', 'lal/hooks/registry.py'),
                                     'lal.hooks.registry.choose': ('hooks/registry.html#choose', 'lal/hooks/registry.py'),
