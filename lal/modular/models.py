@@ -170,7 +170,8 @@ class GrokTransformer(nn.Module):
         tie_embeddings: bool = False,  # output matrix = first p rows of the token embedding
     ):
         super().__init__()
-        self.p, self.n_operations = task.p, task.n_operations
+        self.p = self.n_tokens = task.p  # the numbers: the first rows of the table
+        self.n_operations = task.n_operations
         self.tokens, self.positions = (
             nn.Embedding(vocabulary(task), hidden_dim),
             nn.Embedding(4, hidden_dim),
@@ -182,6 +183,11 @@ class GrokTransformer(nn.Module):
         )
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=hidden_dim**-0.5)
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        "The table of the tokens: the numbers, the operations, the equals sign."
+        return self.tokens
 
     def embed(self, x: Tensor) -> Tensor:
         "Token plus position embeddings, `[N, 4, d]`."
