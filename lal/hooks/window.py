@@ -94,15 +94,15 @@ def rounding_share(window: dict) -> float:
     return 32 * products + 4 * (torch.finfo(dtype).eps / 2) ** 2
 
 # %% ../../nbs/hooks/16_window.ipynb #7c825e1a
-def check_size(window: int, params: Params, memory_gb: float, name: str) -> None:
-    "Raise `ConfigError` where a window of gradients like these takes more than `memory_gb` GB (10⁹ bytes); `name`: the hook whose options to change."
+def check_size(window: int, params: Params, memory_gb: float, name: str, option: str = "window") -> None:
+    "Raise `ConfigError` where a window of gradients like these takes more than `memory_gb` GB (10⁹ bytes); `name` and `option`: the hook and its option to change."
     n = sum(t.numel() for t in params.values())
     dtype = reduce(torch.promote_types, (t.dtype for t in params.values()))
     one = n * dtype.itemsize
     if window * one <= memory_gb * 1e9:
         return
     fits = int(memory_gb * 1e9 // one)
-    smaller = f"window of at most {fits}, or a " * (fits > 1)
+    smaller = f"{option} of at most {fits}, or a " * (fits > 1)
     needed = window * one / 1e9
     raise ConfigError(
         f"a window of {window} gradients of {n:,} parameters takes {needed:.3g} GB, and memory_gb = {memory_gb:g}: set a {smaller}memory_gb of {needed * 1.005:.3g} in hooks.{name}"
