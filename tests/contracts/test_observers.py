@@ -67,21 +67,23 @@ def shifted(model, seed=5):
     return {n: p.detach() + 0.3 * torch.randn(p.shape, generator=generator(seed, n)) for n, p in model.named_parameters()}
 
 
-def instances(without=()):
-    return [REGISTRY[name](**REGISTRY[name].example()) for name in NAMED if name not in without]
+def instances(without=(), default=False):
+    "Hooks with the options of their examples; or, of those that fire at log points, with none."
+    found = [REGISTRY[name] for name in NAMED if name not in without and not (default and fires_at_steps(REGISTRY[name]))]
+    return [cls(**{} if default else cls.example()) for cls in found]
 
 
-def from_trainer(unit, root):
+def from_trainer(unit, root, default=False):
     "The book's transformer, its gradients clipped."
     from lal.modular.models import create_model
 
     length = {"epochs": EPOCHS} if unit == "epoch" else {"steps": STEPS}
     config = make_config(p=7, model_type="transformer", hidden_dim=8, n_heads=2, n_layers=1, train_frac=0.7, batch_size=10, lr=1e-2, grad_clip=0.5, device="cpu", threads=1, seed=3, log_every=LOG_EVERY, name=unit, **length)
     model, recorder = create_model(config), Recorder()
-    hooks = Hooks([recorder, *instances()], reference=shifted(model))
+    hooks = Hooks([recorder, *instances(default=default)], reference=shifted(model))
     Trainer(config, root, hooks=hooks, progress=False).fit()
     found = {h.name: h for h in hooks.hooks}
-    return SimpleNamespace(unit=unit, steps=recorder._steps, hooks=found, table=hooks.table, reference=numbers(shifted(model)), per_epoch=PER_EPOCH, embedding="tokens.weight", n_tokens=config.p, problems=hooks.problems)
+    return SimpleNamespace(unit=unit, steps=recorder._steps, hooks=found, table=hooks.table, reference=numbers(shifted(model)), per_epoch=PER_EPOCH, embedding="tokens.weight", n_tokens=config.p, problems=hooks.problems, default=default)
 
 
 class ConvNet(nn.Module):
@@ -101,7 +103,7 @@ def of_tokens(model, batch):
     return model(input_ids=batch, labels=batch).loss
 
 
-def watched(unit, model, loss_fn, batches, optimizer, clip, hooks, embedding=None):
+def watched(unit, model, loss_fn, batches, optimizer, clip, hooks, embedding=None, default=False):
     "A loop of one's own, recorded where it steps."
     reference, steps = shifted(model), []
     options = dict(log_every=LOG_EVERY, root=None, reference=reference)
@@ -130,7 +132,7 @@ def watched(unit, model, loss_fn, batches, optimizer, clip, hooks, embedding=Non
                     for batch in batches: step(run, batch)
     found = {h.name: h for h in run.hooks.hooks}
     reference = {n: t for n, t in numbers(reference).items() if n in trained(model)}
-    return SimpleNamespace(unit=unit, steps=steps, hooks=found, table=run.table, reference=reference, per_epoch=None, embedding=embedding, n_tokens=None, problems=run.hooks.problems)
+    return SimpleNamespace(unit=unit, steps=steps, hooks=found, table=run.table, reference=reference, per_epoch=None, embedding=embedding, n_tokens=None, problems=run.hooks.problems, default=default)
 
 
 def images():
@@ -146,14 +148,17 @@ def small_gpt2():
     with seeded(0, "gpt2"): return GPT2LMHeadModel(config)
 
 
-def texts():
+def texts(default=False):
     model = small_gpt2()
     batches = [*torch.randint(20, (4, 8, 8), generator=generator(0, "texts"))]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    return watched("step", model, of_tokens, batches, optimizer, None, instances(), "transformer.wte.weight")
+    return watched("step", model, of_tokens, batches, optimizer, None, instances(default=default), "transformer.wte.weight", default)
 
 
-RUNS = {"trainer, epochs": lambda root: from_trainer("epoch", root), "trainer, steps": lambda root: from_trainer("step", root), "convolutional network": lambda root: images(), "GPT-2": lambda root: texts()}
+RUNS = {
+    "trainer, epochs": lambda root: from_trainer("epoch", root), "trainer, steps": lambda root: from_trainer("step", root), "convolutional network": lambda root: images(), "GPT-2": lambda root: texts(),
+    "trainer, epochs, no options": lambda root: from_trainer("epoch", root, True), "trainer, steps, no options": lambda root: from_trainer("step", root, True), "GPT-2, no options": lambda root: texts(True),
+}
 each_run = pytest.mark.parametrize("which", RUNS)
 
 
@@ -409,7 +414,7 @@ def test_every_metric_is_the_one_computed_in_float64_from_the_recorded_steps(nam
     run = recorded(which)
     assert run.steps[-1].step == len(run.steps) == STEPS
     if name not in run.hooks:
-        assert name == "token_gradient" and run.embedding is None
+        assert name == "token_gradient" and run.embedding is None or run.default and fires_at_steps(REGISTRY[name])
         return
     hook, rows = run.hooks[name], run.table(name)
     wanted = {point.step: (point.epoch, values) for point, values in EXPECTED[name](run, hook)}
@@ -424,7 +429,7 @@ def test_every_metric_is_the_one_computed_in_float64_from_the_recorded_steps(nam
             if not agrees(got, want, TOLERANCE * scale): wrong.append(f"step {row['step']}: {metric} is {got}, not {want} ± {TOLERANCE * scale:.1g}")
     unknown = {*rows.columns} - {"epoch", "step"} - seen
     assert not wrong and not unknown, f"{unknown}\n" + "\n".join(wrong[:20])
-    assert len(rows) >= 2, "its example gives several rows"
+    assert len(rows) >= (1 if run.default else 2), "its example gives several rows"
     assert not {what: n for what, n in run.problems.items() if what[0] == name}
 
 
@@ -577,6 +582,18 @@ def test_a_loss_in_other_units_gives_the_same_numbers_in_other_units(name, power
     assert not wrong
 
 
+@each_unit
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_what_an_observer_remembers_is_a_few_times_the_network_or_its_window(name, unit):
+    cls, model = REGISTRY[name], Little(50, 20)
+    hook = cls(**cls.example())
+    n = sum(p.numel() for p in model.parameters())
+    kept = getattr(hook, "window", None) if isinstance(getattr(hook, "window", None), int) else None
+    kept = kept or (hook.burst_length if fires_at_steps(hook) else 0)
+    run, _ = little_run(model, classes, [hook], unit, reference=shifted(model) if cls.needs & Needs.REFERENCE else None)
+    assert run.hooks.sizes().get(name, 0) <= 4 * n * max(kept, 3) + 40 * max(kept, 3) ** 2 + 4096
+
+
 # 4. Refusals: what a model lacks, and what memory bears.
 
 
@@ -609,11 +626,14 @@ def test_a_window_that_memory_does_not_bear_is_refused_with_its_size_and_ways_ou
     n = sum(p.numel() for p in model.parameters())
     window = 1 + int(1e-4 * 1e9 / (4 * n))
     cls = REGISTRY[name]
-    fits = cls(**cls.example() | {"window": window - 1, "memory_gb": 1e-4})
-    little_run(Little(), classes, [fits], epochs=2)
-    with pytest.raises(ConfigError, match=f"hook {name}") as error: little_run(model, classes, [cls(window=window, memory_gb=1e-4)])
+    size = "window" if "window" in declared_options(cls) else "burst_length"
+    far = {"every_n_steps": 10 * window} if size == "burst_length" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        little_run(Little(), classes, [cls(**{size: window - 1, "memory_gb": 1e-4, **far})], epochs=2)
+    with pytest.raises(ConfigError, match=f"hook {name}") as error: little_run(model, classes, [cls(**{size: window, "memory_gb": 1e-4, **far})])
     text = str(error.value)
-    assert "\n" not in text and "GB" in text and "window" in text and "memory_gb" in text, text
+    assert "\n" not in text and "GB" in text and size in text and "memory_gb" in text, text
 
 
 # 5. Stopped in the middle of a window, and continued.
