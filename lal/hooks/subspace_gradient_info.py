@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['singular_values', 'shares_toward', 'SubspaceGradientInfo']
 
-# %% ../../nbs/hooks/18_subspace_gradient_info.ipynb #e9728329
+# %% ../../nbs/hooks/18_subspace_gradient_info.ipynb #8d4a09e4
 from typing import Annotated
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .hook import Hook, Metric, Needs
 from .view import HookState
 from .window import check_size, gram, inner_products, rounding_share, slide
 
-# %% ../../nbs/hooks/18_subspace_gradient_info.ipynb #f5e18f9f
+# %% ../../nbs/hooks/18_subspace_gradient_info.ipynb #f9d0b9aa
 def singular_values(window: dict) -> tuple[Tensor, Tensor]:
     "σ `[k]`, largest first, zero where rounding made them, and the left singular vectors as columns `[k, k]`; in float64, on the CPU."
     G = gram(window).cpu()
@@ -25,7 +25,7 @@ def singular_values(window: dict) -> tuple[Tensor, Tensor]:
     values = torch.where(values > floor, values, 0)
     return values.flip(0).sqrt(), vectors.flip(1)
 
-# %% ../../nbs/hooks/18_subspace_gradient_info.ipynb #f4f5ffc0
+# %% ../../nbs/hooks/18_subspace_gradient_info.ipynb #51bdccce
 def shares_toward(window: dict, d: Tensor, sigma: Tensor, vectors: Tensor) -> tuple[float, Tensor]:
     "Σ⟨g_i, d⟩² / Σ‖g_i‖², and the share of d `[n]`, of length 1, in the span of the leading 1, 2, … k right singular vectors `[k]`."
     along = window["lengths"] * inner_products(window["directions"], d)
@@ -34,12 +34,12 @@ def shares_toward(window: dict, d: Tensor, sigma: Tensor, vectors: Tensor) -> tu
     inside = (vectors.T @ along / scale).square().cumsum(0).clamp(max=1)
     return float(along.square().sum() / sigma.square().sum()), inside
 
-# %% ../../nbs/hooks/18_subspace_gradient_info.ipynb #cbb91b01
+# %% ../../nbs/hooks/18_subspace_gradient_info.ipynb #762cdd6f
 class SubspaceGradientInfo(Hook):
     "How many directions do the recent gradients fill, and does the solution lie among them?"
 
     needs = Needs.EPOCH_GRAD | Needs.REFERENCE
-    apart = 25
+    apart = 100
     metrics = (
         Metric("n_gradients", "k", (1, None), "gradients in the window so far"),
         Metric("dims_for_90pct", r"\min\{r : \sum_{i \le r}\sigma_i^2 \ge 0.9 \sum_i \sigma_i^2\}", (1, None), "fewest directions with 90 % of the energy"),
