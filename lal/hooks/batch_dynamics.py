@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['singular_values', 'BatchDynamics']
 
-# %% ../../nbs/hooks/21_batch_dynamics.ipynb #93cf35ea
+# %% ../../nbs/hooks/21_batch_dynamics.ipynb #e42744e5
 from typing import Annotated
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .hook import Hook, Metric
 from .view import HookState
 from .window import check_size, gram, rounding_share, slide
 
-# %% ../../nbs/hooks/21_batch_dynamics.ipynb #aa515763
+# %% ../../nbs/hooks/21_batch_dynamics.ipynb #889832a2
 def singular_values(window: dict) -> Tensor:
     "Those of the k × n matrix of the gradients, `[k]`, ascending; 0 where rounding hides them."
     products = gram(window)
@@ -25,7 +25,7 @@ def singular_values(window: dict) -> Tensor:
     seen = squares > rounding_share(window)  # of a sum of 1
     return torch.where(seen, squares, 0).sqrt() * scale.sqrt()
 
-# %% ../../nbs/hooks/21_batch_dynamics.ipynb #1e5907a5
+# %% ../../nbs/hooks/21_batch_dynamics.ipynb #3230f8a1
 class BatchDynamics(Hook):
     "Do the gradients of consecutive steps add up, or undo each other?"
 
