@@ -1,6 +1,6 @@
 """What hooks cost: each hook per firing, and sets of them at their default schedules.
 
-    python benchmarks/hooks.py [--threads 1] [--rounds 3] [--device auto] [--only quickstart]
+    python benchmarks/hooks.py [--threads 1] [--rounds 3] [--device auto] [--only quickstart] [--sets]
 
 First part: a short run with one hook at a time, at every step and epoch. Its calls are measured one by one, and so is a plain gradient of the same
 batch, in turn: a firing is given in milliseconds and in gradients. Then the same for the guard's checks, two of which go with each event at which a hook fires.
@@ -26,7 +26,12 @@ from lal.hooks.hook import declared_options
 from lal.hooks.registry import REGISTRY, SETS, create_hooks
 from lal.hooks.runner import Hooks
 
-CONFIGS = ("quickstart", "validate_transformer")
+CONFIGS = {  # name on the command line: shipped configuration, and what is changed
+    "quickstart": ("quickstart", {}),
+    "quickstart_every_tenth": ("quickstart", {"log_every": 10}),
+    "validate_transformer": ("validate_transformer", {}),
+    "validate_transformer_in_batches": ("validate_transformer", {"batch_size": 51, "log_every": 25}),  # four steps an epoch: a log point every 100 steps, as without
+}
 TURN, TURNS = 100, 10  # steps in a turn, turns in a round: one burst of the Hessian hook
 
 
@@ -127,14 +132,16 @@ def main() -> None:
     words.add_argument("--rounds", type=int, default=3)
     words.add_argument("--device", default="auto")
     words.add_argument("--only", choices=CONFIGS)
+    words.add_argument("--sets", action="store_true", help="the second part alone")
     chosen = words.parse_args()
     torch.set_num_threads(chosen.threads)
     device = resolve_device(chosen.device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for name in [chosen.only] if chosen.only else CONFIGS:
-        config = with_values(one_per_seed(load_config(name))[0], epochs=10**9, checkpoint_every=10**9, hooks="none")
+        shipped, changes = CONFIGS[name]
+        config = with_values(one_per_seed(load_config(shipped))[0], **changes, epochs=10**9, checkpoint_every=10**9, hooks="none")
         print(f"\n{name}")
-        firings(config, device, 100, wait)
+        if not chosen.sets: firings(config, device, 100, wait)
         sets(config, device, chosen.rounds, wait)
     print(f"\nran on {device_name(device)}, torch {torch.__version__}")
 

@@ -81,7 +81,7 @@ def facts(cls: type) -> list[tuple[str, str]]:
 
     words = {
         Needs.PREVIOUS_GRAD: "the gradient of the step before",
-        Needs.EPOCH_GRAD: "the epoch's mean gradient",
+        Needs.EPOCH_GRAD: "the epoch's mean gradient (the step's, in a run that counts steps)",
         Needs.REFERENCE: "for some metrics, weights to compare with (the key reference)",
     }
     needs = [what for need, what in words.items() if need & cls.needs]

@@ -153,6 +153,9 @@ def declared_options(cls: type) -> dict[str, Key]:
     unused += () if {PRE_EPOCH, POST_EPOCH} & events else FOR_EPOCHS
     own = [name for c in cls.__mro__ for name in vars(c).get("__annotations__", ())]
     keys = keys_of(cls)
+    if cls.apart:
+        told = f"{keys['every_n_epochs'].meaning} at least {cls.apart} steps apart"
+        keys = keys | {"every_n_epochs": keys["every_n_epochs"]._replace(meaning=told)}
     return {n: keys[n] for n in own if n in keys and n not in unused}
 
 # %% ../../nbs/hooks/01_hook.ipynb #f3f4337c

@@ -142,8 +142,9 @@ def test_pairs_of_epochs_at_every_log_point(straight):
     assert RunFolder(straight["epoch"]).table("hooks/norms").read().epoch.tolist() == [5, 10, 15]
     for unit in UNITS:
         names = choose("full", configure(unit))
-        assert RunFolder(straight[unit]).table_names() == ["history", *sorted(f"hooks/{name}" for name in names)] and {"hessian", "training_metrics"} <= {*names}
-        assert ("norms" in names) == (unit == "epoch")
+        assert RunFolder(straight[unit]).table_names() == ["history", *sorted(f"hooks/{name}" for name in names)] and {"hessian", "training_metrics", "norms"} <= {*names}
+    by_steps = {name: RunFolder(straight["step"]).table(f"hooks/{name}").read() for name in ("norms", "consecutive")}
+    assert all(rows.step.tolist() == [*range(5, 61, 5)] for rows in by_steps.values())
 
 
 STOPS = {"epoch": [20, 25, 28, 30, 34, 38], "step": [20, 25, 30]}  # in and at the ends of a burst and of an epoch; in epochs 9 and 10, which `consecutive` compares
@@ -489,7 +490,7 @@ def test_a_batch_without_a_saved_state_is_refused_and_nothing_is_drawn(dropout):
 def test_gradients_are_kept_only_where_a_hook_needs_them(unit, monkeypatch, tmp_path):
     calls, copy, lent = [], HookState.unclipped, []
     monkeypatch.setattr(HookState, "unclipped", lambda self: calls.append(self.step) or copy(self))
-    config = configure(unit, **ALL)
+    config = configure(unit, **ALL | dict(hooks={"norms": {}, "consecutive": {}, "hessian": BURSTS["hessian"]}))
     hooks = create_hooks(config)
 
     def after(point, state):
@@ -498,16 +499,15 @@ def test_gradients_are_kept_only_where_a_hook_needs_them(unit, monkeypatch, tmp_
     Trainer(config, tmp_path, progress=False, hooks=Around(hooks, after)).fit()
     kept = {*range(19, 30), *range(39, 50), 59, 60}  # for the next step; a run may be continued after 60
     observed = {*range(21, 31), *range(41, 51)}
-    epochs = {4 * e - 3 for e in (4, 5, 9, 10, 14, 15)} if unit == "epoch" else set()  # one copy an epoch: further steps are added in place
-    assert set(calls) == kept | observed | epochs
-    assert len(calls) == len(kept) + len(observed) + len(epochs)
+    ends = {4 * e - 3 for e in (4, 5, 9, 10, 14, 15)} if unit == "epoch" else {s for s in range(1, 61) if s % 5 in (4, 0)}  # one copy an epoch: further steps are added in place
+    assert set(calls) == kept | observed | ends
+    assert len(calls) == len(kept) + len(observed) + len(ends)
     assert lent == [*range(20, 31), *range(40, 51), 60]
 
 
 def test_observers_alone_keep_no_gradient(monkeypatch, tmp_path):
     monkeypatch.setattr(HookState, "unclipped", None)
-    fit(configure("step", hooks="minimal", log_every=5), tmp_path)
-    fit(configure(hooks="training_metrics", log_every=5, name="e"), tmp_path)
+    for unit in UNITS: fit(configure(unit, hooks="training_metrics", log_every=5, name=unit), tmp_path)
 
 
 @each_unit
@@ -555,7 +555,6 @@ WRONG = [  # keys of the configuration, and words the error must say
     (dict(hooks="norms", sinks=[["csv"]]), "sinks"),
     (dict(hooks=[3]), "hooks"),
     (dict(hooks="norms", on_error="ignore"), "must be one of stop, skip"),
-    (dict(hooks="norms", steps=50), "fires at the events of an epoch"),
 ]
 
 
@@ -569,8 +568,7 @@ def test_without_hooks_nobody_watches_and_options_of_a_set_reach_its_hooks(tmp_p
     for none in ({}, "none", None): assert create_hooks(configure(hooks=none)) is None
     by_set = create_hooks(configure(hooks={"minimal": {}, "norms": {"every_n_epochs": 2}}))
     assert [hook.name for hook in by_set.hooks] == ["training_metrics", "norms"] and by_set.hooks[1].every_n_epochs == 2
-    in_steps = create_hooks(configure("step", hooks={"minimal": {}, "norms": {"every_n_epochs": 2}}))  # never fires there
-    assert [hook.name for hook in in_steps.hooks] == ["training_metrics"]
+    assert by_set.hooks[0]._of_set and not by_set.hooks[1]._of_set
 
 
 @pytest.fixture(scope="session")
@@ -961,7 +959,10 @@ def test_the_mean_of_an_epoch_is_there_at_snapshots(tmp_path):
     assert rows.epoch.tolist() == [2, 3, 4, 6, 8, 9, 10, 12, 14, 15] and alone.epoch.tolist() == [3, 6, 9, 12, 15]
     both = rows[rows.epoch.isin((6, 12))]
     assert both.fine.tolist() == both.later.tolist() and alone.later.tolist() == rows.later.dropna().tolist()
-    with pytest.raises(ConfigError, match="fires at the events of an epoch"): fit(configure("step", snapshot_every=3, name="s"), tmp_path, hooks)
+    fit(configure("step", snapshot_every=7, log_every=5, name="s"), tmp_path, hooks := Hooks([Compared(), type("Alone", (Compared,), {"post_epoch": None})()]))
+    rows, alone = hooks.table("compared"), hooks.table("alone")
+    assert rows.step.tolist() == sorted({*range(5, 61, 5), *range(7, 61, 7)}) and alone.step.tolist() == [*range(7, 61, 7)]
+    assert rows.later.dropna().tolist() == alone.later.tolist() and rows.fine[rows.step == 35].tolist() == alone.later[alone.step == 35].tolist()
 
 
 @each_unit
@@ -980,11 +981,87 @@ def test_without_a_gradient_of_the_step_before_a_hook_is_not_called(unit, tmp_pa
 
 
 @each_unit
-def test_a_hook_of_epochs_and_snapshots_in_a_run_of_steps_without_snapshots_is_refused(unit, tmp_path):
-    hook = declared(POST_EPOCH, SNAPSHOT)()
-    if unit == "epoch": return fit(configure(unit), tmp_path, Hooks([hook]))
-    with pytest.raises(ConfigError, match="fires at the events of an epoch"): fit(configure(unit), tmp_path, Hooks([hook]))
-    fit(configure(unit, snapshot_every=5), tmp_path, Hooks([hook]))
+def test_a_hook_of_the_beginning_of_epochs_in_a_run_of_steps_without_snapshots_is_refused(unit, tmp_path):
+    hooks = Hooks([declared(PRE_EPOCH, POST_EPOCH, SNAPSHOT)()])
+    if unit == "step":
+        with pytest.raises(ConfigError, match="fires at the beginning of an epoch"): fit(configure(unit), tmp_path, hooks)
+        fit(configure(unit, snapshot_every=5), tmp_path, hooks)
+    else:
+        fit(configure(unit), tmp_path, hooks)
+
+
+class AtEnds(Hook):
+    "Where it fired, and with which gradient."
+
+    needs = Needs.EPOCH_GRAD
+    metrics = (Metric("count", "n", (0, None), "epochs or steps"), Metric("length", r"\|g\|", (0, None), "of the gradient"))
+
+    def post_epoch(self, state): return {"count": state.count, "length": norm(state.epoch_grad)}
+
+
+def test_in_a_run_of_steps_a_hook_of_epochs_fires_at_log_points_with_the_gradient_of_the_step(tmp_path):
+    lengths, hooks = {}, Hooks([AtEnds(from_epoch=3, to_epoch=12)])
+
+    def after(point, state):
+        if point == POST_STEP: lengths[state.step] = norm({k: p.grad / state.clip_factor for k, p in state.model.named_parameters()}).item()
+
+    Trainer(configure("step", log_every=7, grad_clip=0.1), tmp_path, progress=False, hooks=Around(hooks, after)).fit()
+    rows = hooks.table("at_ends")
+    assert rows["count"].tolist() == rows.step.tolist() == [s for s in range(7, 60, 7) if 3 <= (10 * s) // 34 <= 12]
+    assert np.allclose(rows.length, [lengths[s] for s in rows.step], rtol=1e-6)
+    fit(configure("step", name="each"), tmp_path, each := Hooks([AtEnds(every_n_epochs=4)]))
+    assert each.table("at_ends").step.tolist() == [*range(4, 61, 4)]
+
+
+@pytest.mark.parametrize("unit, log_every, wanted", [("epoch", 1, [7, 14, 15]), ("epoch", 2, [8, 15]), ("epoch", 8, [8, 15]), ("step", 5, [25, 50, 60]), ("step", 30, [30, 60])])
+def test_a_hook_keeps_the_log_points_apart_unless_it_is_told_when_to_fire(unit, log_every, wanted, tmp_path):
+    cls = type("Apart", (AtEnds,), {"apart": 25})  # steps, four of which are an epoch
+    fit(configure(unit, log_every=log_every), tmp_path, hooks := Hooks([cls(), type("Often", (cls,), {})(every_n_epochs=2)]))
+    assert hooks.table("apart")["count"].tolist() == wanted
+    assert hooks.table("often")["count"].tolist() == [*range(2, 16 if unit == "epoch" else 61, 2)]
+
+
+def beginning(work):
+    "A hook that does that before the run."
+    return type("Beginning", (AtEnds,), {"begin": lambda self, state: work(self, state)})
+
+
+def unfit(self, state): raise ConfigError("the model has no ears: leave it out")
+
+
+def test_a_hook_that_cannot_work_on_the_model_is_refused_by_name_and_left_out_of_a_set(monkeypatch, tmp_path):
+    cls = beginning(unfit)
+    with pytest.raises(ConfigError) as error: fit(configure(), tmp_path, Hooks([cls()]))
+    assert str(error.value) == "hook beginning: the model has no ears: leave it out" and not [*tmp_path.glob("[!.]*")]
+    monkeypatch.setitem(HOOKS, "beginning", cls)
+    config = configure(hooks="observers", log_every=5)
+    with pytest.warns(UserWarning, match="hook beginning is left out: the model has no ears") as said: trainer = fit(config, tmp_path)
+    assert len(said) == 1 and "hooks/beginning" not in trainer.folder.table_names() and "hooks/norms" in trainer.folder.table_names()
+    with pytest.raises(ConfigError, match="no ears"): create_hooks(configure(hooks={"observers": {}, "beginning": {}})).check(None, small_state())
+
+
+def test_what_a_hook_does_before_the_run_may_not_touch_training_and_an_error_there_is_one_line():
+    def touching(self, state):
+        with torch.no_grad(): next(state.model.parameters()).add_(1)
+
+    for work, words in ((touching, "hook beginning (begin): changed weights"), (lambda self, state: 1 / 0, "hook beginning (begin): ZeroDivisionError: division by zero")):
+        with pytest.raises(HookError, match=re.escape(words)): Hooks([beginning(work)()]).check(None, small_state())
+
+
+@each_unit
+def test_a_hook_begins_before_the_first_step_or_where_it_comes_in(unit, tmp_path):
+    def keep(self, state): self.begun = {"step": state.step, "weights": norm(state.params())}
+
+    config = configure(unit, name="late", log_every=5)
+    fit(config, tmp_path, Hooks([Norms()]), stop=27)
+    both = [Norms(), beginning(keep)()]
+    with pytest.warns(UserWarning, match="beginning watches from here on"): trainer = fit(config, tmp_path, Hooks(both), resume=True)
+    saved = load_checkpoint(checkpoints(trainer.folder.path)[-1])["hooks"]["hooks"]["beginning"]["begun"]
+    assert saved["step"] == 27
+    hooks = Hooks([beginning(keep)()])
+    fit(config := with_values(config, name="early"), tmp_path, hooks, stop=27)
+    trainer = fit(config, tmp_path, Hooks([beginning(keep)()]), resume=True)
+    assert load_checkpoint(checkpoints(trainer.folder.path)[-1])["hooks"]["hooks"]["beginning"]["begun"]["step"] == 0
 
 
 def test_sizes_are_there_before_a_run():

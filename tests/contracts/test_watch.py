@@ -25,7 +25,7 @@ from lal.core.experiment import find_experiment
 from lal.core.files import digest
 from lal.core.state import EVENTS
 from lal.core.trainer import Trainer
-from lal.hooks.hook import Hook, events_of
+from lal.hooks.hook import Hook, Schedule, never_fires
 from lal.hooks.loop import LoopError
 from lal.hooks.registry import REGISTRY, create_hooks
 from lal.hooks.watch import watch
@@ -39,8 +39,8 @@ each_unit = pytest.mark.parametrize("unit", UNITS)
 
 def fitting(unit):
     "The hooks that fire in a loop of this unit, with options for a short one."
-    fires = {"pre_step", "post_step", "snapshot"} if unit == "step" else {*EVENTS}
-    return {n: cls.example() | (EACH_STEP if n == "training_metrics" else {}) for n, cls in REGISTRY.items() if fires & {*events_of(cls)}}
+    fires = {n: cls for n, cls in REGISTRY.items() if not never_fires(cls, Schedule(unit, snapshot_every=3))}
+    return {n: cls.example() | (EACH_STEP if n == "training_metrics" else {}) for n, cls in fires.items()}
 
 
 def averaged(model, parts):
@@ -626,17 +626,21 @@ def test_a_request_that_can_not_be_right_is_one_sentence_before_the_loop_begins(
     assert wanted in one_line(error) and not [*tmp_path.iterdir()]
 
 
-def test_hooks_of_epochs_in_a_loop_without_them_are_refused_by_name_and_left_out_of_a_set(tmp_path):
-    for hooks in ("norms", {"norms": {}}, [REGISTRY["norms"]()]):
+class Begins(Hook):
+    def pre_epoch(self, state): ...
+
+
+def test_hooks_of_the_beginning_of_epochs_in_a_loop_without_them_are_refused_by_name_and_left_out_of_a_set(monkeypatch, tmp_path):
+    monkeypatch.setitem(REGISTRY, "begins", Begins)
+    for hooks in ("begins", {"begins": {}}, [Begins()]):
         small = Small(hooks=hooks, root=tmp_path)
         with pytest.raises(ConfigError) as error: small.do(FINE)
-        assert "hook norms fires at the events of an epoch" in one_line(error) and "or put the steps inside `with run.epoch()`" in str(error.value)
+        assert "hook begins fires at the beginning of an epoch" in one_line(error) and "or put the steps inside `with run.epoch()`" in str(error.value)
     assert not [*tmp_path.glob("*")]
-    for hooks in ("minimal", "full"):
-        small = Small(hooks=hooks).do(FINE)
-        assert "training_metrics" in small.run.hooks.rows.columns and "norms" not in small.run.hooks.rows.columns
-        with pytest.raises(ConfigError) as error: small.run.table("norms")
-        assert "no hook 'norms' watches this run; there are training_metrics" in one_line(error)
+    small = Small(hooks="observers").do(FINE)
+    assert {"training_metrics", "norms"} <= {*small.run.hooks.rows.columns} and "begins" not in small.run.hooks.rows.columns
+    with pytest.raises(ConfigError) as error: small.run.table("begins")
+    assert "no hook 'begins' watches this run; there are training_metrics" in one_line(error)
     with pytest.raises(ConfigError) as error: Small().run.table("norms")
     assert "no step was made yet" in one_line(error)
 
