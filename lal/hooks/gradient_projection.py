@@ -66,4 +66,4 @@ class GradientProjection(Hook):
 
     @classmethod
     def example(cls) -> dict:
-        return {"every_n_epochs": 5}
+        return {"every_n_epochs": 1}

@@ -51,7 +51,7 @@ class WeightTracking(Hook):
 
     @classmethod
     def example(cls) -> dict:
-        return {"every_n_epochs": 5}
+        return {"every_n_epochs": 1}
 
     def begin(self, state: HookState) -> None:
         if not any(p.dim() > 1 for p in state.trainable().values()):
