@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['singular_values', 'measures', 'WeightTracking']
 
-# %% ../../nbs/hooks/23_weight_tracking.ipynb #f2ca70a9
+# %% ../../nbs/hooks/23_weight_tracking.ipynb #6310da20
 import torch
 from torch import Tensor
 from ..core.errors import ConfigError
@@ -14,7 +14,7 @@ from .hook import Hook, Metric, Needs
 from .norms import double
 from .view import HookState
 
-# %% ../../nbs/hooks/23_weight_tracking.ipynb #d378e7e1
+# %% ../../nbs/hooks/23_weight_tracking.ipynb #753a9840
 def singular_values(matrix: Tensor) -> Tensor:
     "The singular values of a matrix `[m, n]` in float64, ascending `[min(m, n)]`; zero below what rounding leaves of zero."
     m, n = matrix.shape
@@ -23,7 +23,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     floor = max(m, n) * torch.finfo(squares.dtype).eps * squares[-1]
     return torch.where(squares > floor, squares, 0).sqrt()
 
-# %% ../../nbs/hooks/23_weight_tracking.ipynb #58aa3bec
+# %% ../../nbs/hooks/23_weight_tracking.ipynb #1f42647b
 def measures(weight: Tensor, grad: Tensor) -> Tensor:
     "‖W‖, σ₁, the effective rank and cos(g, W) `[4]` of a tensor with two dimensions or more; the cosine is 0 where g or W is zero."
     w, g = (double(t.detach().flatten(1)) for t in (weight, grad))
@@ -32,7 +32,7 @@ def measures(weight: Tensor, grad: Tensor) -> Tensor:
     cosine = torch.where(sizes > 0, (w * g).sum() / sizes, 0).clamp(-1, 1)
     return torch.stack([length, sigma[-1], effective_rank(sigma), cosine])
 
-# %% ../../nbs/hooks/23_weight_tracking.ipynb #3b870587
+# %% ../../nbs/hooks/23_weight_tracking.ipynb #15863bd3
 class WeightTracking(Hook):
     "How large is each weight matrix, how many directions does it use, and is its gradient along it?"
 
@@ -51,7 +51,7 @@ class WeightTracking(Hook):
 
     @classmethod
     def example(cls) -> dict:
-        return {"every_n_epochs": 5}
+        return {"every_n_epochs": 1}
 
     def begin(self, state: HookState) -> None:
         if not any(p.dim() > 1 for p in state.trainable().values()):
