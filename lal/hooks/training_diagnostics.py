@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['noise_scale', 'TrainingDiagnostics', 'burst_metrics']
 
-# %% ../../nbs/hooks/22_training_diagnostics.ipynb #5790eb44
+# %% ../../nbs/hooks/22_training_diagnostics.ipynb #49c91363
 import math
 from typing import Annotated
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from ..core.errors import ConfigError
 from ..core.keys import Positive, doc
 from ..core.statistics import autocorrelation
-from ..curvature.params import Params, axpy, norm
+from ..curvature.params import flatten
 from .hook import Hook, Metric, Needs
 from .view import HookState
 from .window import check_size, gram, slide
 
-# %% ../../nbs/hooks/22_training_diagnostics.ipynb #3ba2f45b
+# %% ../../nbs/hooks/22_training_diagnostics.ipynb #86ac893e
 def noise_scale(
     products: Tensor,  # the Gram matrix `[k, k]`, k ≥ 3
 ) -> tuple[Tensor, Tensor]:
@@ -40,7 +41,7 @@ def _ratio(total: Tensor, squares: Tensor, k: int) -> Tensor:
     signal = (total - squares) / (k * (k - 1))
     return torch.where(signal > 0, variance / signal, torch.nan)
 
-# %% ../../nbs/hooks/22_training_diagnostics.ipynb #99cd283c
+# %% ../../nbs/hooks/22_training_diagnostics.ipynb #252e1099
 class TrainingDiagnostics(Hook):
     "How noisy is training: in its loss, in its gradients and in its steps?"
 
@@ -61,7 +62,7 @@ class TrainingDiagnostics(Hook):
     window: dict | None = None  # of the burst at hand
     losses: list = []
     ratios: list = []
-    weights: Params | None = None  # after its last step
+    weights: Tensor | None = None  # `[n]`, after its last step
     at: int | None = None  # number of that step
 
     @classmethod
@@ -78,10 +79,14 @@ class TrainingDiagnostics(Hook):
     def post_step(self, state: HookState) -> dict | None:
         if self.at != state.step - 1:
             self.forget()
-        before, self.weights, self.at = self.weights, state.params(), state.step
+        before, self.weights, self.at = (
+            self.weights,
+            flatten(state.params()),
+            state.step,
+        )
         if before is not None:
-            step = norm(axpy(-1.0, before, self.weights))
-            self.ratios = [*self.ratios, step / norm(before)]
+            step = vector_norm(self.weights - before)
+            self.ratios = [*self.ratios, step / vector_norm(before)]
         self.losses = [*self.losses, state.loss.detach().clone()]
         self.window = slide(self.window, state.unclipped(), self.burst_length)
         if len(self.window["directions"]) < self.burst_length:
@@ -94,7 +99,7 @@ class TrainingDiagnostics(Hook):
         "A burst is over."
         self.window, self.losses, self.ratios, self.weights = None, [], [], None
 
-# %% ../../nbs/hooks/22_training_diagnostics.ipynb #e533c2df
+# %% ../../nbs/hooks/22_training_diagnostics.ipynb #d36c54c1
 def burst_metrics(
     window: dict,  # of W gradients
     losses: list[Tensor],  # W scalars
