@@ -48,7 +48,9 @@ def slide(window: dict | None, gradient: Params, size: int) -> dict:
     cosines[-1], cosines[:, -1] = row, row
     cosines[-1, -1] = length > 0
     lengths = torch.cat([old["lengths"][drop:], length[None]])
-    return dict(directions=directions, lengths=lengths, cosines=cosines, squares=squares)
+    return dict(
+        directions=directions, lengths=lengths, cosines=cosines, squares=squares
+    )
 
 # %% ../../nbs/hooks/16_window.ipynb #d683a5a2
 def _unit(gradient: Params) -> tuple[Tensor, Tensor]:
@@ -84,7 +86,9 @@ def spread(window: dict) -> tuple[Tensor, Tensor]:
     lengths, k = window["lengths"], len(window["lengths"])
     apart = 2 * lengths[:, None] * lengths * (1 - window["cosines"])
     distances = (lengths[:, None] - lengths) ** 2 + apart
-    pairs = distances.triu(1).sum() / (k * (k - 1)) if k > 1 else lengths.sum() * torch.nan
+    pairs = (
+        distances.triu(1).sum() / (k * (k - 1)) if k > 1 else lengths.sum() * torch.nan
+    )
     return (gram(window).sum() / k**2).clamp(min=0), pairs
 
 # %% ../../nbs/hooks/16_window.ipynb #66d71169
@@ -95,15 +99,17 @@ def rounding_share(window: dict) -> float:
     return 32 * products + 4 * (torch.finfo(dtype).eps / 2) ** 2
 
 # %% ../../nbs/hooks/16_window.ipynb #bbf06d12
-def check_size(window: int, params: Params, memory_gb: float, name: str) -> None:
-    "Raise `ConfigError` where a window of gradients like these takes more than `memory_gb` GB (10⁹ bytes); `name`: the hook whose options to change."
+def check_size(
+    window: int, params: Params, memory_gb: float, name: str, option: str = "window"
+) -> None:
+    "Raise `ConfigError` where a window of gradients like these takes more than `memory_gb` GB (10⁹ bytes); `name` and `option`: the hook and its option to change."
     n = sum(t.numel() for t in params.values())
     dtype = reduce(torch.promote_types, (t.dtype for t in params.values()))
     one = n * dtype.itemsize
     if window * one <= memory_gb * 1e9:
         return
     fits = int(memory_gb * 1e9 // one)
-    smaller = f"window of at most {fits}, or a " * (fits > 1)
+    smaller = f"{option} of at most {fits}, or a " * (fits > 1)
     needed = window * one / 1e9
     raise ConfigError(
         f"a window of {window} gradients of {n:,} parameters takes {needed:.3g} GB, and memory_gb = {memory_gb:g}: set a {smaller}memory_gb of {needed * 1.005:.3g} in hooks.{name}"

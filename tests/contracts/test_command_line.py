@@ -67,8 +67,10 @@ def test_a_wrong_configuration_is_one_line_exit_2_and_no_run_folder(case, tmp_pa
     (("train", "quickstart", "--hooks", "full", "--hook", "hessian.epsilon=[["), "not valid YAML"), (("train", "quickstart", "--hooks", "full", "--hook", "epsilon=1"), "name.option=value"),
     (("train", "quickstart", "--hooks", "full", "--hook", "hessian.burst_length=0"), "must be 1 or larger"), (("train", "quickstart", "--hooks", "full", "--hook", "minimal.x=1"), "is a set"),
     (("train", "quickstart", "--hooks", "full", "--set", "reference=nowhere"), "reference = nowhere"), (("train", "quickstart", "--hooks", "none", "--profile"), "--profile"),
+    (("train", "quickstart", "--hooks", "full", "--reference", "nowhere"), "reference = nowhere"), (("train", "quickstart", "--hooks", "full", "--reference", "a", "--set", "reference=b"), "give one"),
+    (("train", "quickstart", "--hooks", "none", "--reference", "a"), "no hook that compares is on"), (("train", "quickstart", "--hooks", "norms", "--reference", "a"), "or one of"),
     (("train", "quickstart", "--hooks", "norms", "--set", "steps=50", "--set", "warmup_epochs=0"), "counts steps"),
-    (("hooks", "describe", "hesian"), "did you mean 'hessian'?"), (("hooks", "describe", "full"), "is a set"),
+    (("hooks", "describe", "hesian"), "did you mean 'hessian'?"), (("hooks", "describe", "norms", "--import", "no/such.py"), "imports = no/such.py"), (("hooks", "describe", "full"), "is a set"),
     (("configs", "--keys", "--experiment", "modula"), "did you mean 'modular'?"), (("configs", "--schema", "--experiment", "modula"), "did you mean 'modular'?"), (("report", "nothing"), "nothing"),
 ])
 def test_wrong_usage_is_one_line_and_exit_2(words, named, tmp_path):
@@ -293,11 +295,42 @@ def test_options_of_hooks_are_keys_like_others(tmp_path):
     assert hooks["e"]["hessian"]["epsilon"] == 1e-2
 
 
-def test_a_reference_that_does_not_fit_is_one_line_and_nothing_is_written(tmp_path):
+@pytest.mark.parametrize("words", [("--set", "reference=small"), ("--reference", "small")])
+def test_a_reference_that_does_not_fit_is_one_line_and_nothing_is_written(words, tmp_path):
     lal("train", "quickstart", *SMALL, "--set", "epochs=12", "--hooks", "none", "--name", "small", cwd=tmp_path)
-    done = lal("train", "quickstart", "--set", "device=cpu", "--hooks", "full", "--set", "reference=small", cwd=tmp_path, expect=2)
+    done = lal("train", "quickstart", "--set", "device=cpu", "--hooks", "full", *words, cwd=tmp_path, expect=2)
     assert "tokens.weight is [49, 64] in the model and [13, 64] in the reference" in done.stderr and done.stderr.count("\n") == 1
     assert sorted(p.name for p in (tmp_path / "runs").glob("[!.]*")) == ["small", "small.html"]
+
+
+def test_a_reference_is_given_by_name_path_or_checkpoint(tmp_path):
+    short = (*SMALL, "--set", "epochs=12", "--hook", "hessian.every_n_steps=10", "--hook", "hessian.burst_length=3")
+    lal("train", "quickstart", *SMALL, "--set", "epochs=14", "--name", "7", cwd=tmp_path)  # a name that reads like a number
+    for n, which in enumerate(("7", "runs/7", tmp_path / "runs/7", "runs/7/checkpoints/14.pt")):
+        lal("train", "quickstart", *short, "--reference", str(which), "--name", f"to_{n}", cwd=tmp_path)
+        rows = pd.read_parquet(tmp_path / f"runs/to_{n}/hooks/hessian.parquet")
+        assert len(rows) and rows.content_cossim_to_solution.between(-1, 1).all(), which
+        assert RunFolder(tmp_path / f"runs/to_{n}").config.reference == str(which)
+    lal("train", "quickstart", *short, "--name", "to_0", "--extra-epochs", "5", "--reference", "7", cwd=tmp_path)
+    refused = lal("train", "quickstart", *short, "--name", "to_0", "--resume", "--reference", "runs/7", cwd=tmp_path, expect=2)
+    assert "goes on as it began" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_a_hook_in_a_file_of_ones_own_is_described_and_trained_with(tmp_path):
+    (tmp_path / "own.py").write_text(textwrap.dedent("""
+        from lal.hooks.hook import Hook, Metric
+        from lal.hooks.registry import register
+
+        @register
+        class CountsAlong(Hook):
+            "How many epochs have passed?"
+            metrics = (Metric("n", "n", (0, None), "epochs so far"),)
+            def post_epoch(self, state): return {"n": float(state.epoch)}
+    """))
+    assert "counts_along: How many epochs have passed?" in lal_alone("hooks", "describe", "counts_along", "--import", "own.py", cwd=tmp_path).stdout
+    assert "How many epochs" in lal_alone("hooks", "--import", "own.py", cwd=tmp_path).stdout
+    lal_alone("train", "quickstart", *SMALL, "--set", "epochs=12", "--set", "imports=[own.py]", "--hooks", "counts_along", "--name", "own", cwd=tmp_path)
+    assert pd.read_parquet(tmp_path / "runs/own/hooks/counts_along.parquet").n.tolist() == [*range(1, 13)]
 
 
 def test_a_hook_that_raises_is_one_line_and_exit_1_or_counted(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from lal.hooks.guard import fingerprint
 from lal.hooks.hook import Hook
 from lal.hooks.runner import Hooks
 
-from test_hooks import OF_TRAINING, UNITS, configure, dropout, each_unit, equal_checkpoints, noisy, watched
+from test_hooks import OF_TRAINING, UNITS, configure, dropout, each_unit, equal_checkpoints, noisy, table_of_tokens, watched
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -36,6 +36,11 @@ class Tied(nn.Module):
     def forward(self, x):
         x = self.drop(self.norm(self.one(x)).tanh())
         return self.head(self.drop(self.fixed(self.two(self.frozen(x))).relu()))
+
+    @property
+    def token_embedding(self):
+        "For hooks that ask for a table of tokens."
+        return self.one.weight
 
 
 OPTIMIZERS = {

@@ -144,7 +144,7 @@ def test_every_step_is_bit_for_bit_that_of_the_loop_that_nobody_watched(unit, fe
         random.seed(1), np.random.seed(1)
         loop = Loop(**FEATURES[feature], unit=unit).watch({name: fitting(unit)[name]}, verify="always", log_every=1 if unit == "epoch" else 5)
         with loop.run: loop.go(STEPS)
-    assert len(loop.run.table(name)) > 5 and not loop.run.hooks.problems
+    assert len(loop.run.table(name)) > 0 and not loop.run.hooks.problems
     assert loop.seen == alone
 
 
