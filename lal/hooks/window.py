@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['inner_products', 'slide', 'gram', 'mean_pairwise_cosine', 'spread', 'rounding_share', 'check_size']
 
-# %% ../../nbs/hooks/16_window.ipynb #7a7cd1b0
+# %% ../../nbs/hooks/16_window.ipynb #eb259c16
 from functools import reduce
 import torch
 from torch import Tensor
 from ..core.errors import ConfigError
-from ..curvature.params import Params, flatten
+from ..curvature.params import Params
 
-# %% ../../nbs/hooks/16_window.ipynb #1b690d82
+# %% ../../nbs/hooks/16_window.ipynb #7954b9f9
 def _wide(t: Tensor) -> torch.dtype:
     return torch.float32 if t.device.type == "mps" else torch.float64
 
@@ -25,7 +25,7 @@ def inner_products(vectors: list[Tensor], with_: Tensor) -> Tensor:
     parts = [torch.dot(a.to(dtype), b) for v in vectors for a, b in zip(v.split(size), ours)]  # fmt: skip
     return torch.stack(parts).view(len(vectors), -1).sum(1, dtype=_wide(with_))
 
-# %% ../../nbs/hooks/16_window.ipynb #a6958569
+# %% ../../nbs/hooks/16_window.ipynb #a51e1dad
 def slide(window: dict | None, gradient: Params, size: int) -> dict:
     """The window of the last `size` gradients with this one at its end, begun anew without a window, or where n has changed.
 
@@ -52,14 +52,15 @@ def slide(window: dict | None, gradient: Params, size: int) -> dict:
         directions=directions, lengths=lengths, cosines=cosines, squares=squares
     )
 
-# %% ../../nbs/hooks/16_window.ipynb #453a6ad8
+# %% ../../nbs/hooks/16_window.ipynb #d683a5a2
 def _unit(gradient: Params) -> tuple[Tensor, Tensor]:
     "Direction `[n]`, zero of a zero gradient, and length in float64."
-    v = flatten(gradient).detach()
-    largest = v.abs().max()
-    v = v / torch.where(largest > 0, largest, 1)
+    v = torch.cat([t.detach().reshape(-1) for t in gradient.values()])  # a copy
+    low, high = v.aminmax()
+    largest = torch.maximum(-low, high)
+    v /= torch.where(largest > 0, largest, 1)
     length = torch.linalg.vector_norm(v, dtype=_wide(v))
-    v = v.div_(torch.where(length > 0, length, 1).to(v.dtype))
+    v /= torch.where(length > 0, length, 1).to(v.dtype)
     return v, largest.to(length) * length
 
 
@@ -67,19 +68,19 @@ def _empty(like: Tensor) -> dict:
     none = torch.zeros(0, dtype=_wide(like), device=like.device)
     return dict(directions=[], lengths=none, cosines=none.view(0, 0), squares=none)
 
-# %% ../../nbs/hooks/16_window.ipynb #bdf4ee8d
+# %% ../../nbs/hooks/16_window.ipynb #40912d2e
 def gram(window: dict) -> Tensor:
     "⟨g_i, g_j⟩ `[k, k]` in float64."
     lengths = window["lengths"]
     return lengths[:, None] * window["cosines"] * lengths
 
-# %% ../../nbs/hooks/16_window.ipynb #283717db
+# %% ../../nbs/hooks/16_window.ipynb #113b52ce
 def mean_pairwise_cosine(window: dict) -> Tensor:
     "The mean of cos(g_i, g_j) over i ≠ j; nan of one gradient."
     c = window["cosines"]
     return (c.sum() - c.trace()) / (len(c) * (len(c) - 1))
 
-# %% ../../nbs/hooks/16_window.ipynb #5de0870c
+# %% ../../nbs/hooks/16_window.ipynb #876869fa
 def spread(window: dict) -> tuple[Tensor, Tensor]:
     "‖ḡ‖² and tr Σ̂ = Σ‖g_i − ḡ‖²/(k−1), at least 0; the latter nan of one gradient."
     lengths, k = window["lengths"], len(window["lengths"])
@@ -90,14 +91,14 @@ def spread(window: dict) -> tuple[Tensor, Tensor]:
     )
     return (gram(window).sum() / k**2).clamp(min=0), pairs
 
-# %% ../../nbs/hooks/16_window.ipynb #386f3062
+# %% ../../nbs/hooks/16_window.ipynb #66d71169
 def rounding_share(window: dict) -> float:
     "The share of ‖ḡ‖² below which tr Σ̂ is rounding: 32u of the inner products, and 4u² of the directions."
     dtype = window["directions"][-1].dtype
     products = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     return 32 * products + 4 * (torch.finfo(dtype).eps / 2) ** 2
 
-# %% ../../nbs/hooks/16_window.ipynb #7c825e1a
+# %% ../../nbs/hooks/16_window.ipynb #bbf06d12
 def check_size(
     window: int, params: Params, memory_gb: float, name: str, option: str = "window"
 ) -> None:
