@@ -46,7 +46,7 @@ class TrainingDiagnostics(Hook):
     "How noisy is training: in its loss, in its gradients and in its steps?"
 
     needs = Needs.LOSS
-    every_n_steps = 500
+    every_n_steps = 1000
     burst_length = 20
     memory_gb: Annotated[
         Positive, doc("the most that the gradients of a burst may take, in GB")
@@ -79,14 +79,12 @@ class TrainingDiagnostics(Hook):
     def post_step(self, state: HookState) -> dict | None:
         if self.at != state.step - 1:
             self.forget()
-        before, self.weights, self.at = (
-            self.weights,
-            flatten(state.params()),
-            state.step,
-        )
+        before, self.at = self.weights, state.step
+        self.weights = flatten(state.params())
         if before is not None:
-            step = vector_norm(self.weights - before)
-            self.ratios = [*self.ratios, step / vector_norm(before)]
+            wide = torch.promote_types(before.dtype, torch.float32)
+            step = vector_norm(self.weights - before, dtype=wide)
+            self.ratios = [*self.ratios, step / vector_norm(before, dtype=wide)]
         self.losses = [*self.losses, state.loss.detach().clone()]
         self.window = slide(self.window, state.unclipped(), self.burst_length)
         if len(self.window["directions"]) < self.burst_length:
@@ -114,10 +112,10 @@ def burst_metrics(
         "loss_autocorrelation": autocorrelation(y, 1),
         "gradient_noise_scale": value,
         "gradient_noise_scale_se": torch.where(value.isnan(), value, error),
+        "update_ratio": torch.stack(ratios).quantile(0.5).to(y.dtype),
     }
     numbers = zip(found, torch.stack([*found.values()]).tolist())
     return {
         "loss_mean": y.mean(),
         **{name: x for name, x in numbers if math.isfinite(x)},
-        "update_ratio": torch.stack(ratios).quantile(0.5),
     }
