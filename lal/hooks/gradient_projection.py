@@ -18,7 +18,7 @@ def products(*tensors: Tensor) -> Tensor:
     rows = double(torch.stack([t.reshape(-1) for t in tensors]))
     return rows @ rows.T
 
-
+# %% ../../nbs/hooks/19_gradient_projection.ipynb #de1c6610
 def cosine_of(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
     "The cosine of two vectors, from their inner product and their squared lengths; 0 where either is zero."
     sizes = a * b
