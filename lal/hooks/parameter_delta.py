@@ -23,7 +23,7 @@ class ParameterDelta(Hook):
 
     metrics = (
         Metric("absolute_delta", r"\|\theta_t - \theta_{t'}\|_2", (0, None), "distance between the weights and those of the last firing"),
-        Metric("relative_delta", r"\|\theta_t - \theta_{t'}\|_2 \,/\, \|\theta_{t'}\|_2", (0, None), "the same as a share of the weights' length"),
+        Metric("relative_delta", r"\|\theta_t - \theta_{t'}\|_2 \,/\, \|\theta_{t'}\|_2", (0, None), "the same as a share of the weights' length; absent from weights of zero"),
         Metric("param_norm", r"\|\theta_t\|_2", (0, None), "length of all weights together"),
     )  # fmt: skip
 
@@ -34,8 +34,7 @@ class ParameterDelta(Hook):
     def post_epoch(self, state: HookState) -> dict:
         then, before, self.last = self.last, self.length, weights(state)
         delta, self.length = lengths([self.last - then, self.last])
-        return {
-            "absolute_delta": delta,
-            "relative_delta": delta / before,
-            "param_norm": self.length,
-        }
+        row = {"absolute_delta": delta, "param_norm": self.length}
+        if before > 0:  # the one number that the host waits for
+            row["relative_delta"] = delta / before
+        return row

@@ -25,12 +25,13 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 # %% ../../nbs/hooks/23_weight_tracking.ipynb #1f42647b
 def measures(weight: Tensor, grad: Tensor) -> Tensor:
-    "‖W‖, σ₁, the effective rank and cos(g, W) `[4]` of a tensor with two dimensions or more; the cosine is 0 where g or W is zero."
+    "‖W‖, σ₁, the effective rank and cos(g, W) `[4]` of a tensor with two dimensions or more; the rank is 0 where W is zero, the cosine where g or W is."
     w, g = (double(t.detach().flatten(1)) for t in (weight, grad))
     sigma, length = singular_values(w), torch.linalg.vector_norm(w)
     sizes = length * torch.linalg.vector_norm(g)
     cosine = torch.where(sizes > 0, (w * g).sum() / sizes, 0).clamp(-1, 1)
-    return torch.stack([length, sigma[-1], effective_rank(sigma), cosine])
+    rank = torch.where(length > 0, effective_rank(sigma), 0)
+    return torch.stack([length, sigma[-1], rank, cosine])
 
 # %% ../../nbs/hooks/23_weight_tracking.ipynb #15863bd3
 class WeightTracking(Hook):
@@ -41,11 +42,11 @@ class WeightTracking(Hook):
     metrics = (
         Metric("weight_norm", r"\big(\sum_W \|W\|_F^2\big)^{1/2}", (0, None), "length of all matrices together"),
         Metric("top_sv_max", r"\max_W \sigma_1(W)", (0, None), "the largest of the largest singular values"),
-        Metric("effective_rank_mean", r"\text{mean}_W\, e^{H(W)}", (1, None), "mean of the effective ranks"),
+        Metric("effective_rank_mean", r"\text{mean}_W\, e^{H(W)}", (0, None), "mean of the effective ranks"),
         Metric("grad_weight_align_mean", r"\text{mean}_W \cos(\bar g, W)", (-1, 1), "mean of the cosines"),
         Metric("weight_norm/<parameter>", r"\|W\|_F", (0, None), "length of one matrix"),
         Metric("top_sv/<parameter>", r"\sigma_1(W)", (0, None), "its largest singular value"),
-        Metric("effective_rank/<parameter>", r"e^{H(W)},\; H = -\sum_i p_i \ln p_i,\; p_i = \sigma_i / \sum_j \sigma_j", (1, None), "how many directions it uses: 1 for a matrix of rank 1, k for k equal singular values"),
+        Metric("effective_rank/<parameter>", r"e^{H(W)},\; H = -\sum_i p_i \ln p_i,\; p_i = \sigma_i / \sum_j \sigma_j", (0, None), "how many directions it uses: 1 for a matrix of rank 1, k for k equal singular values, 0 for zeros"),
         Metric("grad_weight_align/<parameter>", r"\cos(\bar g, W)", (-1, 1), "negative: a step against the gradient makes it longer. 0 where either is zero"),
     )  # fmt: skip
 
@@ -65,7 +66,7 @@ class WeightTracking(Hook):
         return {
             "weight_norm": torch.linalg.vector_norm(norm),
             "top_sv_max": top.max(),
-            "effective_rank_mean": rank.nanmean(),  # a zero matrix has none
+            "effective_rank_mean": rank.mean(),
             "grad_weight_align_mean": align.mean(),
             **{f"weight_norm/{name}": v for name, v in zip(found, norm)},
             **{f"top_sv/{name}": v for name, v in zip(found, top)},
