@@ -30,7 +30,7 @@ CONFIGS = {  # name on the command line: shipped configuration, and what is chan
     "quickstart": ("quickstart", {}),
     "quickstart_every_tenth": ("quickstart", {"log_every": 10}),
     "validate_transformer": ("validate_transformer", {}),
-    "validate_transformer_in_batches": ("validate_transformer", {"batch_size": 51, "log_every": 25}),  # four steps an epoch: a log point every 100 steps, as without
+    "validate_transformer_in_batches": ("validate_transformer", {"batch_size": 51}),  # four steps an epoch
 }
 TURN, TURNS = 100, 10  # steps in a turn, turns in a round: one burst of the Hessian hook
 
