@@ -69,7 +69,7 @@ def test_a_wrong_configuration_is_one_line_exit_2_and_no_run_folder(case, tmp_pa
     (("train", "quickstart", "--hooks", "full", "--set", "reference=nowhere"), "reference = nowhere"), (("train", "quickstart", "--hooks", "none", "--profile"), "--profile"),
     (("train", "quickstart", "--hooks", "full", "--reference", "nowhere"), "reference = nowhere"), (("train", "quickstart", "--hooks", "full", "--reference", "a", "--set", "reference=b"), "give one"),
     (("train", "quickstart", "--hooks", "none", "--reference", "a"), "no hook that compares is on"), (("train", "quickstart", "--hooks", "norms", "--reference", "a"), "or one of"),
-    (("train", "quickstart", "--hooks", "norms", "--set", "steps=50", "--set", "warmup_epochs=0"), "counts steps"),
+    (("train", "quickstart", "--set", "steps=50"), "this run counts steps: use warmup_steps"),
     (("hooks", "describe", "hesian"), "did you mean 'hessian'?"), (("hooks", "describe", "norms", "--import", "no/such.py"), "imports = no/such.py"), (("hooks", "describe", "full"), "is a set"),
     (("configs", "--keys", "--experiment", "modula"), "did you mean 'modular'?"), (("configs", "--schema", "--experiment", "modula"), "did you mean 'modular'?"), (("report", "nothing"), "nothing"),
 ])
