@@ -110,7 +110,7 @@ class Hook:
         if self.to_epoch is not None and self.to_epoch < self.from_epoch:
             reason = f"must not be smaller than from_epoch = {self.from_epoch}"
             raise ConfigError(reason, f"{prefix}to_epoch", self.to_epoch)
-        for name in {*dir(cls)} - {*vars(self)}:  # a list in the class body is each hook's own
+        for name in sorted({*dir(cls)} - {*vars(self)}):  # a list in the class body is each hook's own
             value = inspect.getattr_static(cls, name)
             if type(value) in (list, dict, set) and not name.startswith("__"):
                 setattr(self, name, copy.deepcopy(value))

@@ -60,8 +60,8 @@ class TrainingDiagnostics(Hook):
         Metric("update_ratio", r"\operatorname{median}_t \|\theta_t - \theta_{t-1}\| / \|\theta_{t-1}\|", (0, None), "size of a step against the size of the weights, the burst's first step left out"),
     )  # fmt: skip
     window: dict | None = None  # of the burst at hand
-    losses: list = []
-    ratios: list = []
+    losses: tuple = ()
+    ratios: tuple = ()
     weights: Tensor | None = None  # `[n]`, after its last step
     at: int | None = None  # number of that step
 
@@ -84,8 +84,8 @@ class TrainingDiagnostics(Hook):
         if before is not None:
             wide = torch.promote_types(before.dtype, torch.float32)
             step = vector_norm(self.weights - before, dtype=wide)
-            self.ratios = [*self.ratios, step / vector_norm(before, dtype=wide)]
-        self.losses = [*self.losses, state.loss.detach().clone()]
+            self.ratios = (*self.ratios, step / vector_norm(before, dtype=wide))
+        self.losses = (*self.losses, state.loss.detach().clone())
         self.window = slide(self.window, state.unclipped(), self.burst_length)
         if len(self.window["directions"]) < self.burst_length:
             return None
@@ -95,13 +95,13 @@ class TrainingDiagnostics(Hook):
 
     def forget(self) -> None:
         "A burst is over."
-        self.window, self.losses, self.ratios, self.weights = None, [], [], None
+        self.window, self.losses, self.ratios, self.weights = None, (), (), None
 
 # %% ../../nbs/hooks/22_training_diagnostics.ipynb #d36c54c1
 def burst_metrics(
     window: dict,  # of W gradients
-    losses: list[Tensor],  # W scalars
-    ratios: list[Tensor],  # of steps to weights, W − 1 scalars
+    losses: tuple[Tensor, ...],  # W scalars
+    ratios: tuple[Tensor, ...],  # of steps to weights, W − 1 scalars
 ) -> dict:
     "The row of a burst, without what is not defined. Waits for the device once."
     products = gram(window)
