@@ -95,12 +95,10 @@ class Dispatcher:
             self.gradients.end_epoch(view)
         if self.due or event not in (PRE_STEP, POST_STEP):
             due = [hook for hook in self.hooks_of[event] if self.is_due(hook, event)]
-            if due:
-                self.call(due, event)
+            if due: self.call(due, event)
         if event == POST_STEP:
             self.gradients.after_step(view)
-            if self.schedule.unit == "step":
-                self.end_step()
+            if self.schedule.unit == "step": self.end_step()
 
     def end_step(self) -> None:
         "In a run that counts steps: call the hooks of epochs that are due."
@@ -121,14 +119,10 @@ class Dispatcher:
     def is_due(self, hook: Hook, event: str) -> bool:
         "Whether a hook fires now."
         view = self.view
-        if hook.needs & Needs.PREVIOUS_GRAD and view.previous_grad is None:
-            return False
-        if hook.needs & Needs.EPOCH_GRAD and view.epoch_grad is None:
-            return False
-        if event in (PRE_STEP, POST_STEP):
-            return hook in self.due
-        if event == SNAPSHOT:
-            return hook.in_window(view.epoch)
+        if hook.needs & Needs.PREVIOUS_GRAD and view.previous_grad is None: return False  # fmt: skip
+        if hook.needs & Needs.EPOCH_GRAD and view.epoch_grad is None: return False
+        if event in (PRE_STEP, POST_STEP): return hook in self.due
+        if event == SNAPSHOT: return hook.in_window(view.epoch)
         return self.schedule.due_epoch(hook, view.count)
 
     def call(self, hooks: list[Hook], event: str) -> None:
@@ -236,8 +230,7 @@ class Hooks:
     "The hooks of one run: what `Trainer(config, hooks=…)` takes."
 
     def __init__(
-        self,
-        hooks: list,  # instances, in the order in which they fire
+        self, hooks: list,  # instances, in the order in which they fire
         on_error: str = "stop",  # or "skip"
         sinks: list = (),  # where rows go besides Parquet
         reference: str | Path | Params | None = None,  # see `load_reference`
@@ -246,8 +239,7 @@ class Hooks:
         verify: str = "first",  # compare bits at first calls, or "always"
     ):
         check_choice("on_error", on_error, ("stop", "skip"))
-        check_choice("verify", verify, ("first", "always"))
-        check_hooks(hooks)
+        check_choice("verify", verify, ("first", "always")); check_hooks(hooks)  # fmt: skip
         self.hooks, self.sinks, self.wanted = list(hooks), list(sinks), reference
         self.given = self.hooks  # of which a run may leave some out
         self.how = {"on_error": on_error, "offload": offload, "verify": verify}
@@ -289,13 +281,11 @@ class Hooks:
             told = declaration(h, self.metrics[h.name], [*self.view.trainable()])
             folder.table(f"hooks/{h.name}", {"lal.hook": json.dumps(told)})
         warn_of_late(self.hooks, schedule)
-        for sink in self.sinks:
-            sink.open(folder, self.rows.columns)
+        for sink in self.sinks: sink.open(folder, self.rows.columns)
 
     def fire(self, event: str, state: TrainState, states: dict | None = None) -> None:
         "Call every hook that is due. Raises `HookError`."
-        if self.view is None:
-            self.check(None, state)
+        if self.view is None: self.check(None, state)
         if state is not self.view.train_state:
             reason = "these hooks watch another training state: make new ones for this"
             raise ConfigError(reason)
@@ -333,6 +323,5 @@ class Hooks:
         "Go on from what `state_dict` gave. Raises `ConfigError` when it was given beside another reference."
         check_resume(saved, self.hooks, self.mark, self.wanted)
         for hook in self.hooks:
-            if hook.name not in saved["hooks"]:  # it begins here
-                begins(hook, self.view)
+            if hook.name not in saved["hooks"]: begins(hook, self.view)  # it comes in here
         restore_memory(saved, self.hooks, self.calls.gradients, self.how["offload"])

@@ -141,9 +141,7 @@ class HookState:
         with torch.no_grad():
             return self.loss_fn(batch)(params)
 
-    def grad_at(
-        self, params: Params, batch, dtype: torch.dtype | None = None
-    ) -> Params:
+    def grad_at(self, params: Params, batch, dtype: torch.dtype | None = None) -> Params:  # fmt: skip
         "The gradient of that loss, unclipped, evaluated in `dtype` if given."
         return gradient(self.loss_fn(batch), params, dtype)
 
