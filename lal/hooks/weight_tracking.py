@@ -38,7 +38,7 @@ class WeightTracking(Hook):
     "How large is each weight matrix, how many directions does it use, and is its gradient along it?"
 
     needs = Needs.EPOCH_GRAD
-    apart = 100
+    apart = 500
     metrics = (
         Metric("weight_norm", r"\big(\sum_W \|W\|_F^2\big)^{1/2}", (0, None), "length of all matrices together"),
         Metric("top_sv_max", r"\max_W \sigma_1(W)", (0, None), "the largest of the largest singular values"),
