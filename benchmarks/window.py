@@ -14,22 +14,13 @@ with a window that fits, what the hook remembers after more steps than the windo
 import argparse, statistics, time
 from types import SimpleNamespace
 import torch
+from hooks import timed  # the script beside this one
 from lal.core.device import device_name, generator, resolve_device
 from lal.core.errors import ConfigError
 from lal.hooks.rows import remembered, size_of
 from lal.hooks.subspace_gradient_info import SubspaceGradientInfo
 from lal.hooks.watch import watch
 from lal.hooks.window import slide
-
-
-def timed(work, wait) -> float:
-    "Seconds: of this process on a CPU, whoever else is busy there; by the clock on a GPU."
-    clock = time.perf_counter if torch.cuda.is_initialized() else time.process_time
-    wait()
-    began = clock()
-    work()
-    wait()
-    return clock() - began
 
 
 def filled(n: int, windows: list[int], device) -> dict[int, SubspaceGradientInfo]:
